@@ -1,0 +1,1 @@
+"""Read, make and describe training clips."""
