@@ -1,0 +1,449 @@
+"""Sample and train rectified flow, the scheduler of Open-Sora 1.2.
+
+    x_t = (1 - t/1000) * x_0 + (t/1000) * noise,    velocity = x_0 - noise,    t in [0, 1000]
+
+t = 1000 is pure noise. Sampling walks t from 1000 to 0 with Euler steps
+`z += velocity * (t_i - t_{i+1}) / 1000`. Arithmetic is float32 (float64 if the latent is), whatever
+dtype the model runs in. Shapes: B batch, C latent channels, T latent frames, H x W latent pixels.
+
+Source: Open-Sora 1.2, recorded in `tests/golden/rflow_*.safetensors`. One deliberate difference:
+2 to 16 frames (see `timestep_transform`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora.errors import UsageError
+from opensora.schedulers.noise import StepNoise
+
+CONFIG_FILE = "scheduler_config.json"
+SAMPLE_METHODS = ("uniform", "logit-normal")
+
+#: `model(x, timestep, y=..., **kwargs)` -> [B', >= C, T, H, W]; the first C channels are the velocity.
+Model = Callable[..., Tensor]
+#: `callback(step, num_steps, t, z)` after each step; t is the timestep [B] the step started from.
+Callback = Callable[[int, int, Tensor, Tensor], None]
+
+
+def timestep_transform(
+    t: Tensor,
+    height: Tensor,
+    width: Tensor,
+    num_frames: Tensor,
+    *,
+    scale: float = 1.0,
+    num_timesteps: int = 1000,
+    short_clips: bool = True,
+) -> Tensor:
+    """Shift timesteps toward noise for larger and longer clips.
+
+        r = sqrt(height * width / 512^2) * sqrt(F) * scale,   t' = 1000 r u / (1 + (r - 1) u),
+        u = t / 1000,   F = 1 if num_frames[0] == 1 else num_frames // 17 * 5
+
+    F is the latent frame count of clips whose length is a multiple of 17. For 2 to 16 frames the
+    original has F = 0, hence t' = 0 for every t < 1000 and NaN at 1000: nothing is denoised. With
+    `short_clips` these lengths use F = ceil(num_frames / 4), their true latent frame count, which
+    joins F = 1 at one frame and F = 5 at 17. Every other length keeps the published numbers.
+
+    Args:
+        t: float32 [B] (or any shape that broadcasts with [B]), in [0, num_timesteps].
+        height: [B] pixels. The ratio is computed in this tensor's dtype, as in the original:
+            bfloat16 sizes give a bfloat16 ratio.
+        width: [B] pixels.
+        num_frames: [B] video frames. Sample 0 decides whether the batch holds images.
+        scale: factor on r.
+        num_timesteps: value of t at pure noise.
+        short_clips: False reproduces the original for 2 to 16 frames, NaN included.
+
+    Returns:
+        t' with the shape of t, in [0, num_timesteps].
+    """
+    if num_frames.flatten()[0] == 1:
+        latent_frames = torch.ones_like(num_frames)
+    else:
+        latent_frames = torch.div(num_frames, 17, rounding_mode="floor") * 5
+        if short_clips:
+            short = torch.div(num_frames + 3, 4, rounding_mode="floor")
+            latent_frames = torch.where(num_frames < 17, short, latent_frames)
+    ratio = (height * width / 512**2).sqrt() * latent_frames.sqrt() * scale
+    u = t / num_timesteps
+    return ratio * u / (1 + (ratio - 1) * u) * num_timesteps
+
+
+@dataclass(frozen=True)
+class RFlow:
+    """Configure, sample and train a rectified flow.
+
+    Attributes:
+        num_sampling_steps: Euler steps, >= 1.
+        num_timesteps: value of t at pure noise.
+        cfg_scale: guidance of `sample` when none is given; 1 turns guidance off.
+        use_discrete_timesteps: round sampled timesteps to integers.
+        use_timestep_transform: apply `timestep_transform`.
+        sample_method: distribution of training timesteps, "uniform" or "logit-normal".
+        loc: mean of the normal variable under the sigmoid ("logit-normal").
+        scale: its standard deviation, > 0.
+        transform_scale: `scale` of the transform in training. Sampling always uses 1, as upstream.
+    """
+
+    num_sampling_steps: int = 10
+    num_timesteps: int = 1000
+    cfg_scale: float = 4.0
+    use_discrete_timesteps: bool = False
+    use_timestep_transform: bool = False
+    sample_method: str = "uniform"
+    loc: float = 0.0
+    scale: float = 1.0
+    transform_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Reject settings that no sampler can follow."""
+        for name in ("num_sampling_steps", "num_timesteps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"scheduler: {name} must be a whole number >= 1, got {value!r}")
+        for name in ("cfg_scale", "loc", "scale", "transform_scale"):
+            value = getattr(self, name)
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+            ):
+                raise UsageError(f"scheduler: {name} must be a finite number, got {value!r}")
+        for name in ("use_discrete_timesteps", "use_timestep_transform"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(
+                    f"scheduler: {name} must be true or false, got {getattr(self, name)!r}"
+                )
+        if self.scale <= 0 or self.transform_scale <= 0:
+            raise UsageError("scheduler: scale and transform_scale must be greater than 0")
+        if self.sample_method not in SAMPLE_METHODS:
+            raise UsageError(
+                f"scheduler: sample_method {self.sample_method!r} is unknown; "
+                f"use one of {', '.join(SAMPLE_METHODS)}"
+            )
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> RFlow:
+        """Build from a configuration; `type` may be absent or "rflow". Unknown keys raise UsageError."""
+        values = {key: value for key, value in config.items() if key != "type"}
+        kind = config.get("type", "rflow")
+        if kind != "rflow":
+            raise UsageError(f'scheduler: type {kind!r} is not available; use type "rflow"')
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                close = difflib.get_close_matches(key, names, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise UsageError(
+                    f"scheduler: unknown key {key!r}{hint} Valid keys: {', '.join(names)}"
+                )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration, with `type`, ready for JSON."""
+        return {"type": "rflow", **asdict(self)}
+
+    def with_options(self, **changes: Any) -> RFlow:
+        """Return a copy with some settings replaced."""
+        return replace(self, **changes)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `<folder>/scheduler/scheduler_config.json`."""
+        path = Path(folder) / "scheduler" / CONFIG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, subfolder: str = "scheduler") -> RFlow:
+        """Read `<folder>/<subfolder>/scheduler_config.json`; raise UsageError if it cannot be read."""
+        path = Path(folder) / subfolder / CONFIG_FILE
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"scheduler: cannot read {path}: {error}") from error
+        if not isinstance(config, dict):
+            raise UsageError(f"scheduler: {path} must hold a JSON object")
+        return cls.from_dict(config)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Mix data and noise: (1 - t/1000) * x0 + (t/1000) * noise.
+
+        Args:
+            x0: clean latent [B, C, T, H, W].
+            noise: same shape.
+            t: [B] in [0, num_timesteps].
+
+        Returns:
+            [B, C, T, H, W], float32 or wider.
+        """
+        u = (t.float() / self.num_timesteps).view(-1, *(1 for _ in range(x0.dim() - 1)))
+        keep = 1 - u
+        # 1 - keep, not u: the original's rounding, so that recorded values are met bit for bit.
+        return keep * x0 + (1 - keep) * noise
+
+    def sample_timesteps(
+        self,
+        batch: int,
+        *,
+        height: Tensor | int | None = None,
+        width: Tensor | int | None = None,
+        num_frames: Tensor | int | None = None,
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw training timesteps: one draw from the generator, before any noise is drawn.
+
+        Args:
+            batch: B.
+            height: [B] pixels, needed with use_timestep_transform; so are width and num_frames.
+            width: [B] pixels.
+            num_frames: [B] video frames.
+            device: where the result lies.
+            generator: source of randomness; None uses the global one of `device`.
+
+        Returns:
+            float32 [B] in [0, num_timesteps].
+        """
+        where = torch.device(device) if generator is None else generator.device
+        if self.use_discrete_timesteps:
+            t = torch.randint(
+                0, self.num_timesteps, (batch,), device=where, generator=generator
+            ).float()
+        elif self.sample_method == "uniform":
+            t = torch.rand((batch,), device=where, generator=generator) * self.num_timesteps
+        else:
+            normal = torch.randn((batch,), device=where, generator=generator)
+            t = torch.sigmoid(normal * self.scale + self.loc) * self.num_timesteps
+        t = t.to(device)
+        if self.use_timestep_transform:
+            size = _sizes(height, width, num_frames, batch, t.device)
+            t = timestep_transform(
+                t, *size, scale=self.transform_scale, num_timesteps=self.num_timesteps
+            )
+        return t.float()
+
+    def training_losses(
+        self,
+        model: Model,
+        x_start: Tensor,
+        model_kwargs: Mapping[str, Any],
+        *,
+        num_frames: Tensor | int | None = None,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the mean squared error of the predicted velocity, per sample.
+
+            loss = mean((model(x_t, t)[:, :C] - (x_start - noise))^2)
+
+        Timesteps are drawn before the noise. Frames whose mask is False are given clean (t = 0) and
+        do not count in the mean.
+
+        Args:
+            model: called as `model(x_t, t, **model_kwargs)`, with `x_mask=mask` when a mask is given.
+            x_start: clean latents [B, C, T, H, W].
+            model_kwargs: y and conditions. `height` and `width` [B] are read for the transform.
+            num_frames: [B] video frames for the transform; None reads model_kwargs["num_frames"].
+            t: [B] timesteps; None draws them.
+            noise: [B, C, T, H, W]; None draws it.
+            mask: bool [B, T], True where the model learns to denoise; None means everywhere.
+            generator: source of both draws; None uses the global one of x_start's device.
+
+        Returns:
+            {"loss": float32 [B]}.
+        """
+        kwargs = dict(model_kwargs)
+        batch, channels = x_start.shape[:2]
+        if t is None:
+            t = self.sample_timesteps(
+                batch,
+                height=kwargs.get("height"),
+                width=kwargs.get("width"),
+                num_frames=kwargs.get("num_frames") if num_frames is None else num_frames,
+                device=x_start.device,
+                generator=generator,
+            )
+        if noise is None:
+            where = x_start.device if generator is None else generator.device
+            noise = torch.randn(
+                x_start.shape, dtype=x_start.dtype, device=where, generator=generator
+            ).to(x_start.device)
+        x_t = self.add_noise(x_start, noise, t)
+        if mask is not None:
+            mask = mask.to(device=x_start.device, dtype=torch.bool)
+            x_t = torch.where(_per_frame(mask), x_t, x_start)
+            kwargs["x_mask"] = mask
+        velocity = model(x_t, t, **kwargs)[:, :channels].float()
+        error = (velocity - (x_start.float() - noise.float())).square()
+        if mask is None:
+            return {"loss": error.flatten(1).mean(1)}
+        per_frame = error.mean(dim=(1, 3, 4)) * mask
+        # A sample without a single True frame has nothing to learn: its loss is 0, not 0/0.
+        return {"loss": per_frame.sum(1) / mask.sum(1).clamp(min=1)}
+
+    def timesteps(
+        self,
+        height: Tensor | int | None = None,
+        width: Tensor | int | None = None,
+        num_frames: Tensor | int | None = None,
+        *,
+        batch: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """List the timesteps of a sampling run.
+
+            t_i = (1 - i/n) * 1000, rounded if use_discrete_timesteps, then transformed
+
+        Args:
+            height: pixels, a number or [B]; needed with use_timestep_transform, as are the others.
+            width: pixels.
+            num_frames: video frames.
+            batch: B.
+            device: where the result lies.
+
+        Returns:
+            float32 [num_sampling_steps, B], falling, the first 1000.
+        """
+        steps = self.num_sampling_steps
+        values = [(1 - i / steps) * self.num_timesteps for i in range(steps)]
+        if self.use_discrete_timesteps:
+            values = [float(round(value)) for value in values]
+        t = torch.tensor(values, dtype=torch.float32, device=device)[:, None].repeat(1, batch)
+        if self.use_timestep_transform:
+            size = _sizes(height, width, num_frames, batch, t.device)
+            t = timestep_transform(t, *size, num_timesteps=self.num_timesteps)
+        return t.float()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Model,
+        z: Tensor,
+        *,
+        y: Tensor,
+        y_null: Tensor | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        num_frames: Tensor | int | None = None,
+        guidance_scale: float | None = None,
+        mask: Tensor | None = None,
+        noise: StepNoise = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Turn noise into a latent.
+
+            velocity = uncond + g * (cond - uncond),    z += velocity * (t_i - t_{i+1}) / 1000
+
+        The model sees the batch [cond; uncond] in one call; with g = 1 only the first half runs.
+
+        With a mask [B, T], frame value m: a frame takes part from the first step with
+        t_i <= 1000 m on (m = 1 always, m = 0 never, between: an edit of that strength) and is
+        noised to t_i when it joins, unless m = 1. Until then it keeps its value, and the model sees
+        `x_mask` False for it. One noise tensor is drawn at every step whenever a mask is given,
+        even if it is all ones: upstream does, so equal seeds stay equal.
+
+        Args:
+            model: called as `model(z, t, y=..., **model_kwargs)`; t float32 [2B], y [2B, ...].
+            z: initial noise (reference latents in masked frames) [B, C, T, H, W]; not changed.
+            y: text states [B, 1, L, D].
+            y_null: text states of the empty prompt [1 or B, 1, L, D]; needed unless g = 1.
+            model_kwargs: passed on unchanged and not doubled: the model repeats them to its batch.
+                `height` and `width` are read for the timestep transform.
+            num_frames: video frames for the transform; None reads model_kwargs["num_frames"].
+            guidance_scale: g; None uses cfg_scale.
+            mask: [B, T] in [0, 1], or None.
+            noise: noise for masked runs: a function (step, z) -> tensor like z, a sequence with one
+                tensor a step, or None for torch.randn from the global generator of z's device.
+            callback: called after each step.
+
+        Returns:
+            The latent [B, C, T, H, W], float32 or wider.
+
+        Raises:
+            UsageError: y_null or the size is missing.
+        """
+        kwargs = dict(model_kwargs or {})
+        guidance = float(self.cfg_scale if guidance_scale is None else guidance_scale)
+        guided = guidance != 1.0
+        batch, channels = z.shape[:2]
+        if guided:
+            if y_null is None:
+                raise UsageError("sampling with guidance needs y_null, the states of no prompt")
+            y = torch.cat([y, y_null.to(y).expand_as(y)])
+        times = self.timesteps(
+            kwargs.get("height"),
+            kwargs.get("width"),
+            kwargs.get("num_frames") if num_frames is None else num_frames,
+            batch=batch,
+            device=z.device,
+        )
+        steps = len(times)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        if mask is not None:
+            mask = mask.to(device=z.device, dtype=torch.float32)
+            active = mask == 1
+        for step, t in enumerate(times):
+            if mask is not None:
+                x_mask = mask * self.num_timesteps >= t[:, None]
+                noised = self.add_noise(z, _draw(noise, step, z), t)
+                z = torch.where(_per_frame(x_mask & ~active), noised, z)
+                active = x_mask
+                kwargs["x_mask"] = torch.cat([x_mask, x_mask]) if guided else x_mask
+            before = z
+            x, time = (torch.cat([z, z]), torch.cat([t, t])) if guided else (z, t)
+            velocity = model(x, time, y=y, **kwargs)[:, :channels].to(z.dtype)
+            if guided:
+                cond, uncond = velocity.chunk(2)
+                velocity = uncond + guidance * (cond - uncond)
+            after = times[step + 1] if step + 1 < steps else torch.zeros_like(t)
+            z = z + velocity * ((t - after) / self.num_timesteps).view(-1, 1, 1, 1, 1)
+            if mask is not None:
+                z = torch.where(_per_frame(x_mask), z, before)
+            if callback is not None:
+                callback(step, steps, t, z)
+        return z
+
+
+def _per_frame(mask: Tensor) -> Tensor:
+    """View a frame mask [B, T] as [B, 1, T, 1, 1]."""
+    return mask[:, None, :, None, None]
+
+
+def _draw(noise: StepNoise, step: int, z: Tensor) -> Tensor:
+    """Return the noise of one step, shaped and placed like z."""
+    if noise is None:
+        return torch.randn_like(z)
+    drawn = noise(step, z) if callable(noise) else noise[step]
+    return drawn.to(z)
+
+
+def _sizes(
+    height: Tensor | float | None,
+    width: Tensor | float | None,
+    num_frames: Tensor | float | None,
+    batch: int,
+    device: torch.device,
+) -> Sequence[Tensor]:
+    """Return height, width and num_frames as [B] tensors; numbers become float32."""
+    sizes = []
+    for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
+        if value is None:
+            raise UsageError(
+                f"the timestep transform needs {name}; pass it or set use_timestep_transform=False"
+            )
+        if not isinstance(value, Tensor):
+            value = torch.tensor([value], dtype=torch.float32)
+        sizes.append(value.to(device).flatten().expand(batch))
+    return sizes
