@@ -1,0 +1,27 @@
+"""Generate and train videos with Open-Sora models; every kernel has a plain PyTorch reference.
+
+Importing this package loads torch and the compiled CPU kernels. It imports no model and no
+Triton, and never initialises CUDA.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from opensora import _extension as _extension
+
+if TYPE_CHECKING:
+    from opensora.pipeline import OpenSoraPipeline as OpenSoraPipeline
+
+__version__ = "0.1.0"
+
+__all__ = ["OpenSoraPipeline", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `OpenSoraPipeline` on first use, so that kernels alone stay quick to import."""
+    if name == "OpenSoraPipeline":
+        from opensora.pipeline import OpenSoraPipeline
+
+        return OpenSoraPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

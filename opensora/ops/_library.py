@@ -1,0 +1,145 @@
+"""Define ops once, in Python, and decide which implementation serves a call.
+
+An `Op` owns one schema of the `opensora` library. Its implementations come from three places:
+the compiled library registers CPU kernels for it (`csrc/cpu/`), Triton launchers are imported on
+the first CUDA call (`kernels/`), and where neither serves, the op's file calls its PyTorch
+reference directly, so that autograd and Inductor see plain tensor operations.
+
+define/impl with a `torch.autograd.Function` costs 2.5 us a call without gradients; `custom_op`
+with `register_autograd` costs 14.5 us (torch 2.13, CPU). One transformer forward makes hundreds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Mode = Literal["auto", "reference", "require"]
+
+_LIBRARY = torch.library.Library("opensora", "FRAGMENT")
+_DTYPES = dict[str, tuple[torch.dtype, ...]]
+
+
+def _mode_of_environment() -> Mode:
+    """Return the mode that `OPENSORA_KERNELS` asks for; "auto" where it is not set."""
+    asked = os.environ.get("OPENSORA_KERNELS", "auto")
+    for mode in get_args(Mode):
+        if asked == mode:
+            return mode  # type: ignore[no-any-return]
+    raise ValueError(f"OPENSORA_KERNELS must be one of {get_args(Mode)}, got {asked!r}")
+
+
+# Process-wide: "auto" takes a kernel where one serves, "reference" never takes one, "require"
+# raises where none serves. `opensora.testing` changes it for a block of code.
+mode: Mode = _mode_of_environment()
+
+registry: list[Op] = []
+
+
+class Op:
+    """Define one op of the `opensora` library and remember which device runs which kernel.
+
+    Args:
+        schema: `name(arguments) -> returns` in torch's schema language.
+        fake: Returns empty tensors of the op's output shapes, dtypes and layouts.
+        dtypes: Device type -> dtypes that the kernel of that device accepts.
+        cuda: `module:function` of the Triton launcher, imported on its first call.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        fake: Callable[..., Any],
+        dtypes: _DTYPES,
+        cuda: str | None = None,
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self.dtypes = dtypes
+        self._cuda = cuda
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"opensora::{self.name}", fake, lib=_LIBRARY)
+        if cuda is not None:
+            _LIBRARY.impl(self.name, _imported_on_first_call(cuda), "CUDA")
+        self._call = getattr(torch.ops.opensora, self.name).default
+        self._kernels: dict[str, str | None] = {}
+        registry.append(self)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the op through torch's dispatcher."""
+        return self._call(*args)
+
+    def kernel(self, device_type: str) -> str | None:
+        """Return the language of the kernel that serves a device type; None if there is none."""
+        if device_type not in self._kernels:
+            self._kernels[device_type] = self._find_kernel(device_type)
+        return self._kernels[device_type]
+
+    def _find_kernel(self, device_type: str) -> str | None:
+        if device_type == "cuda" and self._cuda is not None:
+            return "Triton" if _has_triton() else None
+        key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+        if key is None:
+            return None
+        qualified = f"opensora::{self.name}"
+        return "C++" if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key) else None
+
+    def serves(self, x: Tensor) -> bool:
+        """Tell whether a call on `x` goes to a kernel (True) or to the reference (False).
+
+        Raises:
+            NotImplementedError: Kernels are required and none takes `x`.
+        """
+        if mode == "reference":
+            return False
+        device_type = x.device.type
+        # Inductor fuses the reference with its neighbours; an opaque op would stand alone.
+        if mode == "auto" and torch.compiler.is_compiling():
+            return False
+        dtypes = self.dtypes.get(device_type, ())
+        if x.dtype in dtypes and self.kernel(device_type) is not None:
+            return True
+        if mode == "require":
+            raise NotImplementedError(
+                f"{self.name}: no kernel for {x.dtype} on {device_type!r}, and kernels are "
+                f"required. Kernels here: {self.describe()}. Set OPENSORA_KERNELS=auto to let "
+                "the PyTorch reference serve."
+            )
+        return False
+
+    def describe(self) -> str:
+        """Return the kernels of this installation in words, device by device."""
+        found = [
+            f"{kernel} on {device} for " + ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            for device, dtypes in self.dtypes.items()
+            if (kernel := self.kernel(device)) is not None
+        ]
+        return "; ".join(found) or "none (the compiled library is missing, see csrc/README.md)"
+
+
+def _imported_on_first_call(target: str) -> Callable[..., Any]:
+    """Return a function that imports `module:function` when called, so that importing is cheap."""
+    module, _, function = target.partition(":")
+
+    def call(*args: Any) -> Any:
+        return getattr(import_module(module), function)(*args)
+
+    return call
+
+
+@cache
+def _has_triton() -> bool:
+    """Tell whether Triton is installed, without importing it."""
+    return find_spec("triton") is not None
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Tell whether autograd must record this call; if not, the `autograd.Function` is skipped."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
