@@ -1,0 +1,22 @@
+"""The VAEs: per frame (AutoencoderKL), over time (VAETemporal), and both (VideoAutoencoder)."""
+
+from opensora.models.vae.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from opensora.models.vae.posterior import Posterior
+from opensora.models.vae.temporal import CausalConv3d, VAETemporal, VAETemporalConfig
+from opensora.models.vae.video import SPATIAL_SCALE, Reconstruction, VideoAutoencoder
+from opensora.models.vae.video_config import OPENSORA_VAE_V1_2, PRESETS, VideoAutoencoderConfig
+
+__all__ = [
+    "OPENSORA_VAE_V1_2",
+    "PRESETS",
+    "SPATIAL_SCALE",
+    "AutoencoderKL",
+    "AutoencoderKLConfig",
+    "CausalConv3d",
+    "Posterior",
+    "Reconstruction",
+    "VAETemporal",
+    "VAETemporalConfig",
+    "VideoAutoencoder",
+    "VideoAutoencoderConfig",
+]
