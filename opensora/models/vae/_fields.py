@@ -1,4 +1,4 @@
-"""Read a configuration dictionary into a frozen dataclass, naming every key that does not belong."""
+"""Read a configuration dictionary into a frozen dataclass, naming keys that do not belong."""
 
 from __future__ import annotations
 
@@ -11,15 +11,8 @@ from opensora.errors import UsageError
 
 # Bookkeeping that diffusers, transformers and this library write beside the architecture.
 BOOKKEEPING = frozenset(
-    {
-        "architectures",
-        "dtype",
-        "family",
-        "model_type",
-        "torch_dtype",
-        "transformers_version",
-        "type",
-    }
+    {"architectures", "dtype", "family", "model_type", "torch_dtype"}
+    | {"transformers_version", "type"}
 )
 
 

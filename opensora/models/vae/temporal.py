@@ -120,7 +120,7 @@ class CausalConv3d(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Apply x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1x1 shortcut where widths differ."""
+    """Apply x + conv(silu(norm(conv(silu(norm(x)))))), 1x1x1 shortcut where widths differ."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output [B, out_channels, T, H, W]."""
-        y = self.conv1(F.silu(self.norm1(x)))
+        y: Tensor = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
         shortcut: Tensor = x if self.conv3 is None else self.conv3(x)
         return shortcut + y
@@ -224,7 +224,8 @@ def interleave_frames(x: Tensor) -> Tensor:
     Returns:
         [B, C, 2T, H, W].
     """
-    return x.unflatten(1, (-1, 2)).transpose(2, 3).flatten(2, 3)
+    B, C, T, H, W = x.shape
+    return x.view(B, C // 2, 2, T, H, W).transpose(2, 3).reshape(B, C // 2, 2 * T, H, W)
 
 
 class VAETemporal(nn.Module):

@@ -103,17 +103,15 @@ class VideoAutoencoder(nn.Module):
         return Posterior(mean, logvar)
 
     def spatial_decode(
-        self, x_z: Tensor, *, progress: Callable[[int, int], None] | None = None
+        self, latents: Tensor, *, progress: Callable[[int, int], None] | None = None
     ) -> Tensor:
-        """Return the frames [B, out, T, h * f, w * f] of scaled 2D latents x_z [B, C, T, h, w].
+        """Return the frames [B, out, T, h * f, w * f] of 2D latents.
 
         Args:
-            x_z: SPATIAL_SCALE times the 2D VAE's latents.
+            latents: [B, C, T, h, w], unscaled: the temporal VAE's output over SPATIAL_SCALE.
             progress: called with (frames done, frames in all) after every micro batch.
         """
-        return self._map_frames(
-            lambda frames: self.spatial_vae.module.decode(frames / SPATIAL_SCALE), x_z, progress
-        )
+        return self._map_frames(self.spatial_vae.module.decode, latents, progress)
 
     def encode(
         self,
@@ -169,7 +167,8 @@ class VideoAutoencoder(nn.Module):
         z = z.to(self.scale)
         if not self.config.cal_loss:
             z = z * self.scale + self.shift
-        return self.spatial_decode(self._temporal_decode(z, num_frames), progress=progress)
+        latents = self._temporal_decode(z, num_frames) / SPATIAL_SCALE
+        return self.spatial_decode(latents, progress=progress)
 
     def forward(
         self,
@@ -190,7 +189,8 @@ class VideoAutoencoder(nn.Module):
         """
         z, posterior, x_z = self._encode(x, sample, generator, noise)
         x_z_rec = self._temporal_decode(z, x.shape[2])
-        return Reconstruction(self.spatial_decode(x_z_rec), x_z_rec, z, posterior, x_z)
+        x_rec = self.spatial_decode(x_z_rec / SPATIAL_SCALE)
+        return Reconstruction(x_rec, x_z_rec, z, posterior, x_z)
 
     def _chunks(self, num_frames: int) -> list[int]:
         """Return the lengths of the chunks that the temporal VAE works on."""
@@ -210,7 +210,7 @@ class VideoAutoencoder(nn.Module):
     ) -> tuple[Tensor, Posterior, Tensor]:
         recorded = None if noise is None else iter(noise)
         spatial = self.spatial_encode(x)
-        batch, channels, length = spatial.mean.shape[:3]
+        batch, _, length = spatial.mean.shape[:3]
         x_z = spatial.mode()
         if sample:
             drawn = None
@@ -270,7 +270,7 @@ class VideoAutoencoder(nn.Module):
                 if progress is not None:
                     progress(sum(len(part) for part in parts), total)
             y = torch.cat(parts) if len(parts) > 1 else parts[0]
-            return y.unflatten(0, (batch, length)).transpose(1, 2)
+            return y.view(batch, length, *y.shape[1:]).transpose(1, 2)
         out: Tensor | None = None
         for start in range(0, total, size):
             where = [divmod(i, length) for i in range(start, min(start + size, total))]
@@ -285,7 +285,8 @@ class VideoAutoencoder(nn.Module):
         return out
 
     def _needs_grad(self, x: Tensor) -> bool:
-        return x.requires_grad or any(p.requires_grad for p in self.spatial_vae.parameters())
+        parameters = self.spatial_vae.parameters()
+        return bool(x.requires_grad) or any(p.requires_grad for p in parameters)
 
 
 def _take(noise: Iterator[Tensor]) -> Tensor:
