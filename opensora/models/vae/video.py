@@ -234,6 +234,8 @@ class VideoAutoencoder(nn.Module):
         return torch.cat(zs, dim=2), posterior, x_z
 
     def _temporal_decode(self, z: Tensor, num_frames: int) -> Tensor:
+        if num_frames < 1:
+            raise UsageError(f"VideoAutoencoder.decode: expected num_frames >= 1, got {num_frames}")
         chunks = self._chunks(num_frames)
         latent_chunks = [self.temporal_vae.latent_frames(n) for n in chunks]
         expected = f"[B, {self.latent_channels}, {sum(latent_chunks)}, h, w]"
@@ -242,8 +244,6 @@ class VideoAutoencoder(nn.Module):
                 f"VideoAutoencoder.decode: {num_frames} frames need a latent {expected}, "
                 f"got {tuple(z.shape)}"
             )
-        if not chunks:
-            raise UsageError("VideoAutoencoder.decode: expected num_frames >= 1, got 0")
         parts = [
             self.temporal_vae.decode(part, n)
             for part, n in zip(z.split(latent_chunks, dim=2), chunks, strict=True)
