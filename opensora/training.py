@@ -1,0 +1,183 @@
+"""Share what every training program needs: learning-rate schedule, EMA, log with ETA, resume.
+
+One device for now; the state of a run is one file, written atomically and read with
+``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora.errors import NonFiniteError, UsageError, WeightsError
+
+
+def learning_rate_factor(step: int, total: int, warmup: int, decay: float) -> float:
+    """Compute the factor on the base learning rate: linear warm-up, constant, linear to zero.
+
+    Args:
+        step: Zero-based step about to be taken.
+        total: Steps of the run.
+        warmup: Steps of the warm-up; the factor is (step + 1) / (warmup + 1) there.
+        decay: Fraction of the run, at its end, over which the factor falls to zero.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    left = (total - step) / max(1.0, decay * total)
+    return min(1.0, left)
+
+
+class EMA:
+    """Keep float32 exponential moving averages of all parameters and float buffers.
+
+    The decay warms up: after n updates it is min(decay, (1 + n) / (10 + n)).
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
+        self.modules, self.decay, self.updates = modules, decay, 0
+        self.state = {
+            f"{name}.{key}": value.detach().float().clone()
+            for name, module in modules.items()
+            for key, value in module.state_dict().items()
+            if value.is_floating_point()
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the averages towards the present values."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, module in self.modules.items():
+            for key, value in module.state_dict().items():
+                if value.is_floating_point():
+                    self.state[f"{name}.{key}"].lerp_(value.float(), 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the averages with the modules' values; a second call changes back."""
+        for name, module in self.modules.items():
+            for key, value in module.state_dict().items():
+                if value.is_floating_point():
+                    average = self.state[f"{name}.{key}"]
+                    held = value.float().clone()
+                    value.copy_(average)
+                    average.copy_(held)
+
+
+class TrainingRun:
+    """Hold the folder, the log and the resumable state of one training run.
+
+    The folder gets `config.json`, `metrics.jsonl` (one object a log line) and `state.pt`.
+
+    Args:
+        folder: Output folder; made if missing.
+        config: Effective configuration, JSON values.
+        total: Steps of the run.
+        log_every: Steps between log lines.
+
+    Raises:
+        UsageError: The folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], total: int, log_every: int) -> None:
+        self.folder, self.total, self.log_every = folder, total, log_every
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._count, self._started, self._first = 0, time.monotonic(), 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n")
+        except OSError as error:
+            raise UsageError(f"cannot write the output folder {folder}: {error.strerror}") from error
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Average `values` over `log_every` steps, then print and record them with the time left.
+
+        Raises:
+            NonFiniteError: A value is NaN or infinite; nothing of this step has been saved.
+        """
+        for name, value in values.items():
+            if value != value or abs(value) == float("inf"):
+                raise NonFiniteError(
+                    f"{name} is {value} at step {step}: training stopped; resume from "
+                    f"{self.folder / 'state.pt'} with a lower learning rate"
+                )
+            self._sums[name] += value
+        self._count += 1
+        if (step + 1) % self.log_every and step + 1 < self.total:
+            return
+        means = {name: total / self._count for name, total in self._sums.items()}
+        self.record(step + 1, means)
+        elapsed = time.monotonic() - self._started
+        left = elapsed / (step + 1 - self._first) * (self.total - step - 1)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+        print(f"step {step + 1}/{self.total}  {shown}  elapsed {_clock(elapsed)}  left {_clock(left)}", flush=True)
+        self._sums.clear()
+        self._count = 0
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Append one object to metrics.jsonl."""
+        line = {"step": step, "seconds": round(time.monotonic() - self._started, 1), **values}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save(self, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, ema: EMA) -> None:
+        """Write everything that resuming needs, atomically."""
+        state = {
+            "step": step,
+            "modules": {name: module.state_dict() for name, module in modules.items()},
+            "optimizer": optimizer.state_dict(),
+            "ema": ema.state,
+            "ema_updates": ema.updates,
+            "torch_rng": torch.get_rng_state(),
+        }
+        temporary = self.folder / "state.pt.partial"
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, self.folder / "state.pt")
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def resume(self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, ema: EMA) -> int:
+        """Read `state.pt` of the folder back; returns the number of steps taken, 0 without a file.
+
+        Raises:
+            WeightsError: The file is damaged or of another model.
+        """
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return 0
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            for name, module in modules.items():
+                module.load_state_dict(state["modules"][name])
+            optimizer.load_state_dict(state["optimizer"])
+            for key, value in state["ema"].items():
+                ema.state[key].copy_(value)
+        except (RuntimeError, KeyError, ValueError, OSError, EOFError) as error:
+            raise WeightsError(
+                f"cannot resume from {path}: {str(error).splitlines()[0]}; give another --outputs or "
+                "the configuration that the run was started with"
+            ) from error
+        ema.updates = int(state["ema_updates"])
+        torch.set_rng_state(state["torch_rng"])
+        self._first = int(state["step"])
+        return self._first
+
+
+def clip_gradients(parameters: Iterable[Tensor], limit: float) -> float:
+    """Scale gradients down to a total norm of at most `limit`; returns the norm before."""
+    return float(nn.utils.clip_grad_norm_(parameters, limit))
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
