@@ -7,174 +7,32 @@ t = 1000 is pure noise. Sampling walks t from 1000 to 0 with Euler steps
 dtype the model runs in. Shapes: B batch, C latent channels, T latent frames, H x W latent pixels.
 
 Source: Open-Sora 1.2, recorded in `tests/golden/rflow_*.safetensors`. One deliberate difference:
-2 to 16 frames (see `timestep_transform`).
+2 to 16 frames (see `timesteps.py`).
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opensora.errors import UsageError
+from opensora.schedulers.config import RFlowConfig
 from opensora.schedulers.noise import StepNoise
+from opensora.schedulers.timesteps import clip_sizes, timestep_transform
 
-CONFIG_FILE = "scheduler_config.json"
-SAMPLE_METHODS = ("uniform", "logit-normal")
-
-#: `model(x, timestep, y=..., **kwargs)` -> [B', >= C, T, H, W]; the first C channels are the velocity.
+#: `model(x, timestep, y=..., **kwargs)` -> [B', >= C, T, H, W]; channels [:C] are the velocity.
 Model = Callable[..., Tensor]
 #: `callback(step, num_steps, t, z)` after each step; t is the timestep [B] the step started from.
 Callback = Callable[[int, int, Tensor, Tensor], None]
 
 
-def timestep_transform(
-    t: Tensor,
-    height: Tensor,
-    width: Tensor,
-    num_frames: Tensor,
-    *,
-    scale: float = 1.0,
-    num_timesteps: int = 1000,
-    short_clips: bool = True,
-) -> Tensor:
-    """Shift timesteps toward noise for larger and longer clips.
-
-        r = sqrt(height * width / 512^2) * sqrt(F) * scale,   t' = 1000 r u / (1 + (r - 1) u),
-        u = t / 1000,   F = 1 if num_frames[0] == 1 else num_frames // 17 * 5
-
-    F is the latent frame count of clips whose length is a multiple of 17. For 2 to 16 frames the
-    original has F = 0, hence t' = 0 for every t < 1000 and NaN at 1000: nothing is denoised. With
-    `short_clips` these lengths use F = ceil(num_frames / 4), their true latent frame count, which
-    joins F = 1 at one frame and F = 5 at 17. Every other length keeps the published numbers.
-
-    Args:
-        t: float32 [B] (or any shape that broadcasts with [B]), in [0, num_timesteps].
-        height: [B] pixels. The ratio is computed in this tensor's dtype, as in the original:
-            bfloat16 sizes give a bfloat16 ratio.
-        width: [B] pixels.
-        num_frames: [B] video frames. Sample 0 decides whether the batch holds images.
-        scale: factor on r.
-        num_timesteps: value of t at pure noise.
-        short_clips: False reproduces the original for 2 to 16 frames, NaN included.
-
-    Returns:
-        t' with the shape of t, in [0, num_timesteps].
-    """
-    if num_frames.flatten()[0] == 1:
-        latent_frames = torch.ones_like(num_frames)
-    else:
-        latent_frames = torch.div(num_frames, 17, rounding_mode="floor") * 5
-        if short_clips:
-            short = torch.div(num_frames + 3, 4, rounding_mode="floor")
-            latent_frames = torch.where(num_frames < 17, short, latent_frames)
-    ratio = (height * width / 512**2).sqrt() * latent_frames.sqrt() * scale
-    u = t / num_timesteps
-    return ratio * u / (1 + (ratio - 1) * u) * num_timesteps
-
-
 @dataclass(frozen=True)
-class RFlow:
-    """Configure, sample and train a rectified flow.
-
-    Attributes:
-        num_sampling_steps: Euler steps, >= 1.
-        num_timesteps: value of t at pure noise.
-        cfg_scale: guidance of `sample` when none is given; 1 turns guidance off.
-        use_discrete_timesteps: round sampled timesteps to integers.
-        use_timestep_transform: apply `timestep_transform`.
-        sample_method: distribution of training timesteps, "uniform" or "logit-normal".
-        loc: mean of the normal variable under the sigmoid ("logit-normal").
-        scale: its standard deviation, > 0.
-        transform_scale: `scale` of the transform in training. Sampling always uses 1, as upstream.
-    """
-
-    num_sampling_steps: int = 10
-    num_timesteps: int = 1000
-    cfg_scale: float = 4.0
-    use_discrete_timesteps: bool = False
-    use_timestep_transform: bool = False
-    sample_method: str = "uniform"
-    loc: float = 0.0
-    scale: float = 1.0
-    transform_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Reject settings that no sampler can follow."""
-        for name in ("num_sampling_steps", "num_timesteps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UsageError(f"scheduler: {name} must be a whole number >= 1, got {value!r}")
-        for name in ("cfg_scale", "loc", "scale", "transform_scale"):
-            value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not math.isfinite(value)
-            ):
-                raise UsageError(f"scheduler: {name} must be a finite number, got {value!r}")
-        for name in ("use_discrete_timesteps", "use_timestep_transform"):
-            if not isinstance(getattr(self, name), bool):
-                raise UsageError(
-                    f"scheduler: {name} must be true or false, got {getattr(self, name)!r}"
-                )
-        if self.scale <= 0 or self.transform_scale <= 0:
-            raise UsageError("scheduler: scale and transform_scale must be greater than 0")
-        if self.sample_method not in SAMPLE_METHODS:
-            raise UsageError(
-                f"scheduler: sample_method {self.sample_method!r} is unknown; "
-                f"use one of {', '.join(SAMPLE_METHODS)}"
-            )
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> RFlow:
-        """Build from a configuration; `type` may be absent or "rflow". Unknown keys raise UsageError."""
-        values = {key: value for key, value in config.items() if key != "type"}
-        kind = config.get("type", "rflow")
-        if kind != "rflow":
-            raise UsageError(f'scheduler: type {kind!r} is not available; use type "rflow"')
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                close = difflib.get_close_matches(key, names, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise UsageError(
-                    f"scheduler: unknown key {key!r}{hint} Valid keys: {', '.join(names)}"
-                )
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the configuration, with `type`, ready for JSON."""
-        return {"type": "rflow", **asdict(self)}
-
-    def with_options(self, **changes: Any) -> RFlow:
-        """Return a copy with some settings replaced."""
-        return replace(self, **changes)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `<folder>/scheduler/scheduler_config.json`."""
-        path = Path(folder) / "scheduler" / CONFIG_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, subfolder: str = "scheduler") -> RFlow:
-        """Read `<folder>/<subfolder>/scheduler_config.json`; raise UsageError if it cannot be read."""
-        path = Path(folder) / subfolder / CONFIG_FILE
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"scheduler: cannot read {path}: {error}") from error
-        if not isinstance(config, dict):
-            raise UsageError(f"scheduler: {path} must hold a JSON object")
-        return cls.from_dict(config)
+class RFlow(RFlowConfig):
+    """Sample and train a rectified flow; the settings are those of `RFlowConfig`."""
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Mix data and noise: (1 - t/1000) * x0 + (t/1000) * noise.
@@ -227,7 +85,7 @@ class RFlow:
             t = torch.sigmoid(normal * self.scale + self.loc) * self.num_timesteps
         t = t.to(device)
         if self.use_timestep_transform:
-            size = _sizes(height, width, num_frames, batch, t.device)
+            size = clip_sizes(height, width, num_frames, batch, t.device)
             t = timestep_transform(
                 t, *size, scale=self.transform_scale, num_timesteps=self.num_timesteps
             )
@@ -253,7 +111,7 @@ class RFlow:
         do not count in the mean.
 
         Args:
-            model: called as `model(x_t, t, **model_kwargs)`, with `x_mask=mask` when a mask is given.
+            model: called as `model(x_t, t, **model_kwargs)`, and `x_mask=mask` if there is a mask.
             x_start: clean latents [B, C, T, H, W].
             model_kwargs: y and conditions. `height` and `width` [B] are read for the transform.
             num_frames: [B] video frames for the transform; None reads model_kwargs["num_frames"].
@@ -323,7 +181,7 @@ class RFlow:
             values = [float(round(value)) for value in values]
         t = torch.tensor(values, dtype=torch.float32, device=device)[:, None].repeat(1, batch)
         if self.use_timestep_transform:
-            size = _sizes(height, width, num_frames, batch, t.device)
+            size = clip_sizes(height, width, num_frames, batch, t.device)
             t = timestep_transform(t, *size, num_timesteps=self.num_timesteps)
         return t.float()
 
@@ -390,20 +248,22 @@ class RFlow:
             device=z.device,
         )
         steps = len(times)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        wide = torch.promote_types(z.dtype, torch.float32)
         if mask is not None:
             mask = mask.to(device=z.device, dtype=torch.float32)
             active = mask == 1
         for step, t in enumerate(times):
             if mask is not None:
-                x_mask = mask * self.num_timesteps >= t[:, None]
+                # `mask == 1`: rounding lifts the first transformed t of eight small image sizes to
+                # 1000.0001, and the original then skips a step.
+                x_mask = (mask * self.num_timesteps >= t[:, None]) | (mask == 1)
                 noised = self.add_noise(z, _draw(noise, step, z), t)
                 z = torch.where(_per_frame(x_mask & ~active), noised, z)
                 active = x_mask
                 kwargs["x_mask"] = torch.cat([x_mask, x_mask]) if guided else x_mask
             before = z
             x, time = (torch.cat([z, z]), torch.cat([t, t])) if guided else (z, t)
-            velocity = model(x, time, y=y, **kwargs)[:, :channels].to(z.dtype)
+            velocity = model(x, time, y=y, **kwargs)[:, :channels].to(wide)
             if guided:
                 cond, uncond = velocity.chunk(2)
                 velocity = uncond + guidance * (cond - uncond)
@@ -427,23 +287,3 @@ def _draw(noise: StepNoise, step: int, z: Tensor) -> Tensor:
         return torch.randn_like(z)
     drawn = noise(step, z) if callable(noise) else noise[step]
     return drawn.to(z)
-
-
-def _sizes(
-    height: Tensor | float | None,
-    width: Tensor | float | None,
-    num_frames: Tensor | float | None,
-    batch: int,
-    device: torch.device,
-) -> Sequence[Tensor]:
-    """Return height, width and num_frames as [B] tensors; numbers become float32."""
-    sizes = []
-    for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
-        if value is None:
-            raise UsageError(
-                f"the timestep transform needs {name}; pass it or set use_timestep_transform=False"
-            )
-        if not isinstance(value, Tensor):
-            value = torch.tensor([value], dtype=torch.float32)
-        sizes.append(value.to(device).flatten().expand(batch))
-    return sizes
