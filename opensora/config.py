@@ -1,204 +1,201 @@
-"""Read flat Python configuration files without running them, and apply overrides to the result.
+"""Turn a frozen dataclass into a checked command line, with the source of every value.
 
-A configuration is a file of assignments, in the form that Open-Sora publishes:
+    @dataclass(frozen=True)
+    class SampleConfig:
+        seed: int = setting(1024, "random seed of the first sample", minimum=0)
 
-    _base_ = ["../base.py"]
-    num_frames = 51
-    model = dict(type="STDiT3-XL/2", from_pretrained=None, qk_norm=True)
+    config, sources = parse_command_line(SampleConfig, argv, "opensora generate")
+    config.seed, sources["seed"]
 
-Values are literals, lists, tuples, dicts, `dict(...)`, names assigned above, and arithmetic on
-constants. The file is parsed into a syntax tree and walked; anything else in it (an import, a call,
-an attribute) is an error with its line, so a configuration from a stranger cannot do anything.
-Names that begin with an underscore are private to the file.
+Fields made without `setting` work too. Every field is a key of the configuration file and, unless
+it is a dict, a flag: `--num-frames`, also `--num_frames`; yes/no fields take `--x`, `--no-x` and
+`--x True|False`. Keys inside dict fields are set with dots: `--model.qk_norm=false`. Later sources
+win:
+
+    default < checkpoint < configuration file < environment < command line
+
+A key or flag that does not exist is an error with the closest name, never ignored.
 """
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Mapping
+import dataclasses
+import os
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from opensora.config_expression import Evaluator, copy_dicts, refused, suggest
+from opensora.command_line import Field, FlagReader, flag_of
+from opensora.config_file import (
+    ConfigFile,
+    apply_overrides,
+    load_config_file,
+    suggest,
+)
+from opensora.config_values import check, convert
 from opensora.errors import UsageError
 
-__all__ = ["ConfigFile", "apply_overrides", "load_config_file", "parse_value", "suggest"]
+__all__ = [
+    "Sources",
+    "apply_overrides",
+    "load_config_file",
+    "parse_command_line",
+    "setting",
+    "suggest",
+]
 
-MAX_BYTES = 1 << 20
+C = TypeVar("C")
 
-_CONSTANTS = {"true": True, "false": False, "none": None}
+DEFAULT = "default"
+ENVIRONMENT_PREFIX = "OPENSORA_"
 
 
-class ConfigFile(dict[str, Any]):
-    """Hold the values of a configuration file and where each one was written.
+def setting(
+    default: Any,
+    help: str,  # noqa: A002
+    *,
+    group: str = "options",
+    flags: tuple[str, ...] = (),
+    choices: tuple[Any, ...] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    metavar: str | None = None,
+    bare: str | None = None,
+    env: bool = False,
+    note: str | None = None,
+    unavailable: str | None = None,
+) -> Any:
+    """Describe one field of a configuration dataclass.
+
+    Args:
+        default: value when no source names it; never mutable.
+        help: one line for `--help`.
+        group: heading in `--help`.
+        flags: further names such as "-o", "--output".
+        choices: allowed values besides None.
+        minimum: smallest allowed number.
+        maximum: largest allowed number.
+        metavar: name of the value in `--help`.
+        bare: value of the flag when no number follows it.
+        env: the variable OPENSORA_<FIELD> sets it too.
+        note: said when the field is set: it is accepted and changes nothing here.
+        unavailable: why only the default is possible so far; anything else is a UsageError.
+    """
+    return dataclasses.field(default=default, metadata=locals())
+
+
+class Sources(dict[str, str]):
+    """Remember where each setting came from: field, or "field.key" of an override, -> words.
 
     Attributes:
-        path: the file as it was named by the caller.
-        lines: key -> (file, line) of its assignment.
+        notes: sentences to print: settings that were accepted and change nothing.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-        self.lines: dict[str, tuple[Path, int]] = {}
+    notes: tuple[str, ...] = ()
 
-    def where(self, key: str) -> str:
-        """Return "file:line" of a key's assignment, or the file alone for an unknown key."""
-        file, line = self.lines.get(key, (self.path, 0))
-        return f"{file}:{line}" if line else str(file)
+    def is_set(self, name: str) -> bool:
+        """Tell whether anything but the default set the field."""
+        return self.get(name, DEFAULT) != DEFAULT
+
+    def fill(self, config: C, values: Mapping[str, Any], source: str) -> C:
+        """Return the configuration with fields that nobody set replaced, and note their source."""
+        taken = {key: value for key, value in values.items() if not self.is_set(key)}
+        self.update(dict.fromkeys(taken, source))
+        return dataclasses.replace(config, **taken)  # type: ignore[type-var]
+
+    def table(self, config: Any, *, every: bool = False) -> str:
+        """Format the settings, one a line with its source; defaults only if `every`."""
+        rows = [
+            (field.name, _shown(getattr(config, field.name)), self[field.name])
+            for field in dataclasses.fields(config)
+            if every or self.is_set(field.name)
+        ]
+        widths = [min(max((len(row[i]) for row in rows), default=0), 60) for i in (0, 1)]
+        return "\n".join(
+            f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows
+        )
 
 
-def load_config_file(path: str | Path) -> ConfigFile:
-    """Parse a configuration file and the files it names in `_base_`.
-
-    A key of the file replaces the same key of a base; two dicts merge key by key unless the file's
-    dict holds `_delete_=True`.
+def parse_command_line(
+    config_class: type[C],
+    argv: Sequence[str],
+    program: str,
+    *,
+    description: str = "",
+    environ: Mapping[str, str] | None = None,
+) -> tuple[C, Sources]:
+    """Read defaults, configuration file, environment and flags into a configuration.
 
     Args:
-        path: a `.py` file in the form described above. `_base_` paths are relative to it.
+        config_class: frozen dataclass whose fields are made by `setting`.
+        argv: arguments after the program's name. One positional argument names a configuration
+            file, as does `--config`.
+        program: name shown in `--help`.
+        description: text above the flags in `--help`.
+        environ: stands in for os.environ.
 
     Returns:
-        Top-level name -> value, without names that begin with an underscore.
+        The configuration, and the source of each of its fields.
 
     Raises:
-        UsageError: the file is missing, too large, not UTF-8, not in this form, or a base cycle.
+        UsageError: unknown key or flag, wrong type or value, unreadable configuration file.
+        SystemExit: with code 0 after `--help`.
     """
-    return _load(Path(path), ())
+    hints = typing.get_type_hints(config_class)
+    fields = {
+        field.name: Field(field, hints[field.name])
+        for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
+    }
+    given, overrides = FlagReader(fields, program, description).read(argv)
+    environ = os.environ if environ is None else environ
+    paths = [path for path in (given.pop("config", None), given.pop("config_flag", None)) if path]
+    if len(paths) > 1:
+        raise UsageError(f"two configuration files, {paths[0]} and {paths[1]}; name one")
+    file = load_config_file(paths[0]) if paths else ConfigFile(Path())
+    environment = {
+        name: text
+        for name, field in fields.items()
+        if field.env and (text := environ.get(ENVIRONMENT_PREFIX + name.upper()))
+    }
+    unknown = [key for key in file if key not in fields]
+    if unknown:
+        hint = suggest(unknown[0], fields)
+        raise UsageError(f"{file.where(unknown[0])}: unknown key {unknown[0]!r}{hint}")
 
-
-def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a configuration with dotted keys replaced: {"model.qk_norm": False}.
-
-    Args:
-        config: nested dicts, unchanged by the call.
-        overrides: dotted key -> value. Missing dicts on the way are made.
-
-    Raises:
-        UsageError: a part of the path exists and is not a dict.
-    """
-    result: dict[str, Any] = copy_dicts(config)
+    values: dict[str, Any] = {}
+    sources = Sources(dict.fromkeys(fields, DEFAULT))
+    for name, field in fields.items():
+        layers = (
+            (file, file.where(name), f"{file.where(name)}: {name}", False),
+            (environment, "environment", ENVIRONMENT_PREFIX + name.upper(), True),
+            (given, "command line", flag_of(name), True),
+        )
+        for layer, source, where, typed in layers:
+            if name in layer:
+                values[name] = convert(layer[name], fields[name].hint, where, text=typed)
+                check(values[name], field.facts, where)
+                sources[name] = source
     for dotted, value in overrides.items():
-        *parents, last = dotted.split(".")
-        node = result
-        for depth, part in enumerate(parents):
-            child = node.get(part)
-            if child is None:
-                child = node[part] = {}
-            elif not isinstance(child, dict):
-                taken = ".".join(parents[: depth + 1])
-                raise UsageError(f"cannot set {dotted}: {taken} is {child!r}, not a dict")
-            node = child
-        node[last] = value
-    return result
-
-
-def parse_value(text: str) -> Any:
-    """Read one value of the command line: a Python literal, true/false/none, or the text."""
-    if text.lower() in _CONSTANTS:
-        return _CONSTANTS[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return text
-
-
-def _load(path: Path, parents: tuple[Path, ...]) -> ConfigFile:
-    """Parse one file after its bases; `parents` are the files that led here."""
-    tree = _parse(path)
-    if path.resolve() in (parent.resolve() for parent in parents):
-        raise UsageError(f"{path}: _base_ leads back to this file; remove it from the cycle")
-    own = ConfigFile(path)
-    private: dict[str, Any] = {}
-    bases = ConfigFile(path)
-    for statement in tree.body:
-        if _is_docstring(statement):
-            continue
-        for name, value, line in _assignment(statement, path, {**bases, **private, **own}):
-            if name == "_base_":
-                bases = _load_bases(value, path, line, parents)
-            elif name.startswith("_"):
-                private[name] = value
-            else:
-                own[name] = value
-                own.lines[name] = (path, line)
-    result = ConfigFile(path)
-    result.lines = {**bases.lines, **own.lines}
-    for name in [*bases, *(name for name in own if name not in bases)]:
-        result[name] = _merge(bases.get(name), own[name]) if name in own else bases[name]
-    return result
-
-
-def _parse(path: Path) -> ast.Module:
-    """Read and parse a file, turning every failure into one sentence."""
-    try:
-        data = path.read_bytes() if path.stat().st_size <= MAX_BYTES else None
-    except FileNotFoundError:
-        raise UsageError(f"configuration {path} does not exist; check the path") from None
-    except IsADirectoryError:
-        raise UsageError(f"configuration {path} is a folder; name a .py file in it") from None
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot read the configuration {path}: {why}") from None
-    if data is None:
-        raise UsageError(f"configuration {path} is larger than {MAX_BYTES} bytes: not a config")
-    try:
-        return ast.parse(data, filename=str(path))
-    except SyntaxError as error:
-        raise UsageError(f"{path}:{error.lineno or 1}: not valid Python: {error.msg}") from None
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise UsageError(f"{path}: not a configuration file: {error}") from None
-
-
-def _is_docstring(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(
-        getattr(statement.value, "value", None), str
+        name = dotted.partition(".")[0]
+        base = {name: values[name] if name in values else fields[name].default or {}}
+        values[name] = apply_overrides(base, {dotted: value})[name]
+        sources[name] = sources[dotted] = "command line"
+    sources.notes = tuple(
+        f"{name} = {_shown(values[name])} ({sources[name]}): {fields[name].note}"
+        for name in values
+        if fields[name].note and values[name] != fields[name].default
     )
+    missing = [name for name in fields if fields[name].required and name not in values]
+    if missing:
+        raise UsageError(
+            f"{missing[0]} is not set: give {flag_of(missing[0])} or the key in a file"
+        )
+    return config_class(**values), sources
 
 
-def _assignment(
-    statement: ast.stmt, path: Path, names: Mapping[str, Any]
-) -> list[tuple[str, Any, int]]:
-    """Evaluate `name = value` (also `a = b = value` and `name: type = value`)."""
-    value: ast.expr | None
-    if isinstance(statement, ast.Assign):
-        targets, value = statement.targets, statement.value
-    elif isinstance(statement, ast.AnnAssign):
-        targets, value = [statement.target], statement.value
-    else:
-        raise refused(statement, path)
-    if value is None or not all(isinstance(target, ast.Name) for target in targets):
-        raise refused(statement, path)
-    result = Evaluator(path, names).value(value)
-    return [(t.id, result, statement.lineno) for t in targets if isinstance(t, ast.Name)]
-
-
-def _load_bases(value: Any, path: Path, line: int, parents: tuple[Path, ...]) -> ConfigFile:
-    """Load the files of `_base_`; the same key in two bases must not hide one of them."""
-    files = [value] if isinstance(value, str) else value
-    if not isinstance(files, (list, tuple)) or not all(isinstance(file, str) for file in files):
-        raise UsageError(f"{path}:{line}: _base_ must be a path or a list of paths, got {value!r}")
-    merged = ConfigFile(path)
-    for file in files:
-        base = _load(path.parent / file, (*parents, path))
-        for key in base:
-            if key in merged:
-                raise UsageError(
-                    f"{path}:{line}: {key} is set by two bases, {merged.where(key)} and "
-                    f"{base.where(key)}; keep it in one of them"
-                )
-        merged.update(base)
-        merged.lines.update(base.lines)
-    return merged
-
-
-def _merge(base: Any, own: Any) -> Any:
-    """Merge a dict over a base's dict of the same name; any other value replaces."""
-    if not isinstance(own, dict):
-        return own
-    values = {key: value for key, value in own.items() if key != "_delete_"}
-    if not isinstance(base, dict) or own.get("_delete_"):
-        return values
-    merged = dict(base)
-    for key, value in values.items():
-        merged[key] = _merge(base.get(key), value)
-    return merged
+def _shown(value: Any) -> str:
+    """Show a value as it would be typed in a configuration file."""
+    if isinstance(value, Mapping):
+        return "dict(" + ", ".join(f"{key}={_shown(item)}" for key, item in value.items()) + ")"
+    return repr(value)

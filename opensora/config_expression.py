@@ -50,6 +50,13 @@ def refused(node: ast.AST, path: Path) -> UsageError:
     )
 
 
+def _is_plain(value: object) -> bool:
+    """Tell whether a constant is text, a finite number, a truth value or None."""
+    if isinstance(value, float):
+        return math.isfinite(value)  # 1e999 parses as infinity
+    return isinstance(value, (str, int, type(None)))
+
+
 class Evaluator:
     """Compute the value of an expression of the allowed form."""
 
@@ -64,9 +71,7 @@ class Evaluator:
             raise UsageError(f"{self.path}:{node.lineno}: nested too deeply") from None
 
     def _value(self, node: ast.expr) -> Any:
-        if isinstance(node, ast.Constant) and isinstance(
-            node.value, (str, int, float, bool, type(None))
-        ):
+        if isinstance(node, ast.Constant) and _is_plain(node.value):
             return node.value
         if isinstance(node, ast.List):
             return [self._value(item) for item in node.elts]
@@ -96,9 +101,10 @@ class Evaluator:
                 result.update(value)
                 continue
             name = self._value(key)
-            if not isinstance(name, (str, int, float, tuple, type(None))):
-                raise refused(key, self.path)
-            result[name] = value
+            try:
+                result[name] = value
+            except TypeError:
+                raise refused(key, self.path) from None
         return result
 
     def _dict_call(self, node: ast.Call) -> dict[str, Any]:
