@@ -12,6 +12,7 @@ from importlib.resources import files
 import torch
 
 LIBRARY = "_C.abi3.so"
+INSTRUCTION_SETS = ("plain", "avx2", "avx512")  # the order of csrc/simd.h
 
 
 def _load() -> str | None:
@@ -37,23 +38,17 @@ def _load() -> str | None:
 path: str | None = _load()
 
 
-def cpu_capability() -> str | None:
-    """Return the instruction set the CPU kernels run on: "avx512", "avx2", "plain" or None.
+def instruction_set() -> str | None:
+    """Return what the CPU kernels run on, one of `INSTRUCTION_SETS`; None without kernels."""
+    return None if path is None else INSTRUCTION_SETS[ctypes.CDLL(path).opensora_simd()]
 
-    None means that this installation has no compiled kernels. `OPENSORA_CPU` asks for one of the
-    sets; it is read once, when the first kernel runs.
+
+def use_instruction_set(name: str) -> None:
+    """Run the CPU kernels of this process on one of `INSTRUCTION_SETS`; for tests and benches.
 
     Raises:
-        RuntimeError: `OPENSORA_CPU` names a set that this processor lacks or that does not exist.
+        ValueError: There are no compiled kernels, or this processor lacks the set.
     """
-    if path is None:
-        return None
-    query = ctypes.CDLL(path).opensora_cpu_capability
-    query.restype = ctypes.c_char_p
-    name: bytes | None = query()
-    if name is None:
-        raise RuntimeError(
-            "OPENSORA_CPU asks for an instruction set that this processor does not have: "
-            "unset it, or set it to plain, avx2 or avx512"
-        )
-    return name.decode()
+    if path is None or not ctypes.CDLL(path).opensora_use_simd(INSTRUCTION_SETS.index(name)):
+        why = "none are compiled" if path is None else "this processor lacks the instructions"
+        raise ValueError(f"cannot run {name} kernels: {why}")

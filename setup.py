@@ -1,0 +1,163 @@
+"""Describe the package and build its compiled kernels with CMake, where that is possible.
+
+OPENSORA_BUILD=auto     build them if a compiler, CMake and torch are at hand (default)
+OPENSORA_BUILD=require  fail where they cannot be built (CI, releases)
+OPENSORA_BUILD=off      never build them; the PyTorch references serve
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "opensora/__init__.py").read_text("utf-8"), re.M
+)[1]
+BUILD = os.environ.get("OPENSORA_BUILD", "auto")
+LIBRARY = "opensora._C"
+
+RUNTIME = [
+    "torch>=2.11",
+    "numpy>=2",
+    "safetensors",
+    "einops",
+    "av>=15",
+    "pillow",
+    "tqdm",
+    "huggingface-hub",
+    "transformers>=5.23,<6",
+]
+EXTRAS = {
+    "train": ["tensorboard", "torch-tb-profiler"],
+    "test": ["pytest", "pytest-benchmark", "hypothesis", "diffusers", "triton"],
+    "dev": ["ruff", "mypy", "clang-format", "pre-commit", "cmake>=3.26", "ninja"],
+}
+
+
+def find_torch() -> Path | None:
+    """Return the folder of the target environment's torch >= 2.11, or None.
+
+    Under pip's build isolation torch cannot be imported, but the interpreter is still the target's:
+    its site-packages holds the headers and the library.
+    """
+    spec = importlib.util.find_spec("torch")
+    folders = [Path(spec.origin).parent] if spec and spec.origin else []
+    folders += [Path(sysconfig.get_path(key)) / "torch" for key in ("purelib", "platlib")]
+    for folder in folders:
+        header = folder / "include/torch/headeronly/version.h"
+        if header.is_file():
+            found = dict(re.findall(r"TORCH_VERSION_(MAJOR|MINOR) (\d+)", header.read_text()))
+            if (int(found["MAJOR"]), int(found["MINOR"])) >= (2, 11):
+                return folder
+    return None
+
+
+def find_tool(module: str) -> str | None:
+    """Return the path of `cmake` or `ninja`: the pip package's if it is installed, or on PATH."""
+    spec = importlib.util.find_spec(module)
+    if spec and spec.origin:
+        bundled = Path(spec.origin).parent / "data/bin" / module
+        if bundled.is_file():
+            return str(bundled)
+    return shutil.which(module)
+
+
+def missing() -> str | None:
+    """Return why the kernels cannot be built here, and what would change it; None if they can."""
+    if BUILD not in ("auto", "require", "off"):
+        sys.exit(f"OPENSORA_BUILD must be auto, require or off, got {BUILD!r}")
+    if BUILD == "off":
+        return "OPENSORA_BUILD=off"
+    if not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))):
+        return "no C++ compiler was found (Debian: apt-get install g++)"
+    if find_tool("cmake") is None:
+        return "no CMake was found (pip install cmake ninja)"
+    if find_torch() is None:
+        return "no torch >= 2.11 is installed (pip install torch, then install this again)"
+    return None
+
+
+class BuildKernels(build_ext):
+    """Run CMake and put its library where setuptools wants the extension."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one library; in mode auto a failure costs the kernels, not the installation."""
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        work = Path(self.build_temp).resolve() / "cmake"
+        cmake, ninja = find_tool("cmake"), find_tool("ninja")
+        configure = [cmake, "-S", ROOT, "-B", work, f"-DTORCH_ROOT={find_torch()}"]
+        if ninja:
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run([cmake, "--build", work, "--parallel"], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if BUILD == "require":
+                raise
+            return skipped(f"the build failed ({error}); its output is above")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Replaced, not overwritten: a running process may have the old library mapped.
+        staged = target.with_suffix(".new")
+        shutil.copyfile(next(work.glob("_C.abi3.*")), staged)
+        staged.replace(target)
+        return None
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Name the library the same for every Python: it uses none of Python's interface."""
+        return str(Path(*fullname.split("."))) + ".abi3.so"
+
+
+class BuildPython(build_py):
+    """Say once, in the build's output, that the compiled kernels are left out."""
+
+    def run(self) -> None:
+        """Copy the modules."""
+        if REASON:
+            skipped(REASON)
+        super().run()
+
+
+def skipped(reason: str) -> None:
+    """Print what is left out, why, and what serves instead."""
+    print(
+        f"opensora: compiled CPU kernels skipped: {reason}. PyTorch references serve.",
+        file=sys.stderr,
+    )
+
+
+REASON = missing()
+if REASON and BUILD == "require":
+    sys.exit(f"OPENSORA_BUILD=require, but {REASON}")
+
+packages = find_packages(include=["opensora", "opensora.*"], exclude=["opensora.kernels*"])
+setup(
+    name="opensora",
+    version=VERSION,
+    description="Open-Sora video generation with its own kernels, each beside a plain reference",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    install_requires=RUNTIME,
+    extras_require=EXTRAS,
+    packages=[*packages, "opensora.kernels"],
+    package_dir={"opensora.kernels": "kernels"},
+    package_data={"opensora": ["py.typed", "assets/**/*"]},
+    entry_points={"console_scripts": ["opensora = opensora.__main__:main"]},
+    ext_modules=[] if REASON else [Extension(LIBRARY, sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPython},
+    options={"bdist_wheel": {} if REASON else {"py_limited_api": "cp311"}},
+    zip_safe=False,
+)
