@@ -113,6 +113,32 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.stack((-odd, even), dim=-1).flatten(-2) * sin
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return softmax(q k' / sqrt(D)) v, [B, H, N, D]; rows that see nothing are zero.
+
+    On a CPU, short rows go through two batched matrix products: the flash kernel there pays per
+    row. Forward and backward of 320 x 4 rows of 16 tokens, D = 32, bfloat16, 2 threads: 7 ms
+    against 81 ms; 1024 x 4 rows of 5: 11 against 25; 64 x 4 rows of 80 on 120 masked keys: 36
+    against 65. In float32 only the forward of up to 32 keys gains (4.7 ms against 14.3).
+
+    Args:
+        q: [B, H, N, D], as `k` and `v` of L tokens.
+        k: keys.
+        v: values.
+        mask: bool, broadcast to [B, H, N, L]; True where a key is seen. None: all are.
+    """
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    longest = 128 if v.dtype == torch.bfloat16 else (0 if needs_grad else 32)
+    if v.device.type != "cpu" or k.shape[-2] > longest:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is None:
+        return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).masked_fill(~mask, 0)
+    return weights.to(v.dtype) @ v
+
+
 class Attention(nn.Module):
     """Attend every token of a row to all of its row: proj(softmax(q k' / sqrt(D)) v).
 
@@ -153,7 +179,7 @@ class Attention(nn.Module):
         if rotary is not None and not self.qk_norm_legacy:
             q, k = rotate(q, rotary), rotate(k, rotary)
         # Under autocast the norm's float32 weight widens q and k; v keeps the working dtype.
-        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        out = attend(q.to(v.dtype), k.to(v.dtype), v)
         result: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, channels))
         return result
 
@@ -192,7 +218,7 @@ class MultiHeadCrossAttention(nn.Module):
         kv = self.kv_linear(cond).view(batch, -1, 2, self.num_heads, self.head_dim)
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, L, D]
         visible = None if mask is None else mask[:, None, None]  # [B, 1, 1, L]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        out = attend(q, k, v, visible)
         result: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, channels))
         return result
 
