@@ -209,8 +209,7 @@ class T5TextEncoder(nn.Module):
         tokenizer = _load_tokenizer(tokenizer_folder)
         if max_length is None:
             max_length = getattr(model.config, LENGTH_KEY, MAX_LENGTH)
-        encoder = cls(model.to(device).eval(), tokenizer, max_length)
-        return encoder.requires_grad_(False)
+        return cls(model.to(device), tokenizer, max_length).eval().requires_grad_(False)
 
 
 def _load_model(folder: Path, dtype: torch.dtype) -> Any:
