@@ -27,7 +27,6 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
     """
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    # This order of the products gives the published float32 frequencies bit for bit.
     angles = t[:, None].float() * torch.exp(-math.log(max_period) * steps / half)
     parts = [torch.cos(angles), torch.sin(angles)]
     if dim % 2:

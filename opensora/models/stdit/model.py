@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from opensora.checkpoint import PretrainedMixin
 from opensora.errors import UsageError
 from opensora.models.stdit.block import STDiT3Block
 from opensora.models.stdit.config import PRESETS, STDiT3Config
+from opensora.models.stdit.state_dict import infer_config
 from opensora.nn import (
     CaptionEmbedder,
     PatchEmbed3D,
@@ -29,7 +31,7 @@ from opensora.nn import (
 )
 
 
-class STDiT3(nn.Module):
+class STDiT3(PretrainedMixin, nn.Module):
     """Predict the velocity of a noisy latent video from its timestep, text and sizes.
 
     `checkpoint_blocks = True` recomputes every block in the backward pass instead of keeping its
@@ -41,6 +43,7 @@ class STDiT3(nn.Module):
 
     family = "STDiT3"
     config_class = STDiT3Config
+    infer_config = staticmethod(infer_config)
 
     def __init__(self, config: STDiT3Config) -> None:
         super().__init__()

@@ -1,0 +1,337 @@
+"""Load and save models, strictly: every name and shape is checked before a weight is taken.
+
+A model class has `config_class` (`from_dict`, `to_dict`), `family` and `config`; it may have a
+static `infer_config(shapes)` for files without config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from opensora.errors import DoesNotFitError, UsageError, WeightsError
+from opensora.models.families import UNKNOWN, identify_family, plain_names
+from opensora.weight_files import locate, read_json, read_tensors, resolve
+
+log = logging.getLogger("opensora")
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Progress = Callable[[int, int], None]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def load_model(
+    cls: type[ModelT],
+    source: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    config: Any = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> ModelT:
+    """Return a model of class `cls` with the weights of `source`, in eval mode.
+
+    Names and shapes must match exactly and every value must be finite.
+
+    Args:
+        cls: the model class.
+        source: folder with config.json and *.safetensors (sharded too); one .safetensors, .pt,
+            .pth, .bin or .ckpt file; a training run's folder; a hub id.
+        subfolder: folder inside the source.
+        config: used instead of config.json: the config or its dictionary.
+        dtype: of floating weights; None keeps each as stored.
+        device: where the weights go, one tensor at a time.
+        progress: called with (bytes done, bytes in all) after every tensor.
+
+    Raises:
+        WeightsError: files are missing, damaged, unsafe, of another model, or hold NaN.
+        UsageError: the configuration has an unknown key.
+    """
+    found = locate(source, subfolder)
+    tensors = read_tensors(found.files)
+    family = identify_family(tensors)
+    if config is None and found.config is not None:
+        config = read_json(found.config)
+    wanted_family: str = cls.family  # type: ignore[attr-defined]
+    if family not in (wanted_family, UNKNOWN):
+        raise WeightsError(
+            f"{found.source}: this is {family}; you asked for {wanted_family}"
+            f"{_compared_with_any(cls, config, tensors)}"
+        )
+    if config is None:
+        infer = getattr(cls, "infer_config", None)
+        if infer is None or not found.self_describing:
+            raise WeightsError(
+                f"{found.source} has no config.json, which says how the model is built; put it "
+                "beside the weights"
+            )
+        if family == UNKNOWN:
+            first = ", ".join(list(tensors)[:3])
+            raise WeightsError(
+                f"{found.source}: these weights ({first}, ...) are of no known model; you asked "
+                f"for {wanted_family}"
+            )
+        config = infer(_shapes(tensors))
+    if isinstance(config, Mapping):
+        config = cls.config_class.from_dict(config)  # type: ignore[attr-defined]
+    with torch.device("meta"):
+        model = cls(config)
+    _rename(model, tensors)
+    wanted, given = _shapes(model.state_dict()), _shapes(tensors)
+    if wanted != given:
+        raise WeightsError(
+            f"{found.source}: the weights do not fit this {cls.__name__} of {len(wanted)} tensors: "
+            f"{describe_mismatch(wanted, given)}; use the config.json published with them"
+        )
+    _assign(model, tensors, found.source, dtype, torch.device(device), progress)
+    _fill_unsaved_buffers(model, cls, config, torch.device(device))
+    log.info("loaded %s: %d/%d tensors of %s", found.source, len(given), len(wanted), cls.__name__)
+    return model.eval()
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def describe_mismatch(wanted: Shapes, given: Shapes) -> str:
+    """Say in one line how tensors differ from those wanted: counts and first examples."""
+    missing = [key for key in wanted if key not in given]
+    unexpected = [key for key in given if key not in wanted]
+    wrong = [
+        f"{key} is {list(given[key])}, expected {list(wanted[key])}"
+        for key in wanted
+        if key in given and wanted[key] != given[key]
+    ]
+    return "; ".join(
+        f"{len(rows)} {what} ({', '.join(rows[:3])}{', ...' if len(rows) > 3 else ''})"
+        for what, rows in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
+        if rows
+    )
+
+
+def _compared_with_any(cls: Any, config: Any, tensors: Mapping[str, Tensor]) -> str:
+    """Compare weights of another family with `cls`, of the given config if it can be one."""
+    try:
+        config = cls.config_class.from_dict(config) if isinstance(config, Mapping) else config
+    except UsageError:
+        config = None
+    with torch.device("meta"):
+        model = cls(config or cls.config_class())
+    return f" ({describe_mismatch(_shapes(model.state_dict()), _shapes(tensors))})"
+
+
+def _rename(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Apply the renamings of older names that modules registered for `load_state_dict`."""
+    for prefix, module in model.named_modules():
+        for hook in module._load_state_dict_pre_hooks.values():
+            hook(tensors, f"{prefix}." if prefix else "", {}, True, [], [], [])
+
+
+def _assign(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    source: str,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    progress: Progress | None,
+) -> None:
+    """Put copies of the tensors into a model on the meta device.
+
+    Raises:
+        WeightsError: a value is NaN or infinite, named with its tensor.
+    """
+    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
+    state = {}
+    for name in list(tensors):
+        tensor = tensors.pop(name)  # so that a mapped file's pages can go
+        done += tensor.nbytes
+        if tensor.is_floating_point():
+            bad = int((~tensor.isfinite()).sum())
+            if bad:
+                raise WeightsError(
+                    f"{source}: {name} holds {bad} NaN or infinite of {tensor.numel()} values; "
+                    "the file is damaged or training diverged: use another checkpoint"
+                )
+            tensor = tensor.to(device, dtype or tensor.dtype, copy=True)
+        else:
+            tensor = tensor.to(device, copy=True)
+        state[name] = tensor
+        if progress is not None:
+            progress(done, total)
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def _fill_unsaved_buffers(
+    model: nn.Module, cls: type[nn.Module], config: Any, device: torch.device
+) -> None:
+    """Compute buffers that a state dict does not hold, by building the model once for real."""
+    unsaved = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if not unsaved:
+        return
+    built = dict(cls(config).named_buffers())
+    for name in unsaved:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, built[name].to(device))
+
+
+def read_config(source: str | os.PathLike[str], subfolder: str | None = None) -> dict[str, Any]:
+    """Return the config.json of a folder, hub id, or file's folder.
+
+    Raises:
+        WeightsError: there is none, or it cannot be read.
+    """
+    path = resolve(source, subfolder)
+    config = (path.parent if path.is_file() else path) / "config.json"
+    if not config.is_file():
+        raise WeightsError(f"{config} does not exist; give the folder of one model")
+    return read_json(config)
+
+
+def weights_digest(source: str | os.PathLike[str], subfolder: str | None = None) -> str:
+    """Return "sha256:..." of the weight files.
+
+    Of one file it is what `sha256sum` prints. Of shards, and of all models of a pipeline folder,
+    it is the digest of the lines "<sha256>  <relative path>", in the order of the paths.
+    """
+    path = resolve(source, subfolder)
+    if path.is_dir() and (path / "model_index.json").is_file():
+        files = sorted(path.rglob("*.safetensors"))
+    else:
+        files = list(locate(path).files)
+    if not files:
+        raise WeightsError(f"{source} has no weight files")
+    sums = [_sha256(file) for file in files]
+    if len(sums) == 1:
+        return f"sha256:{sums[0]}"
+    base = path if path.is_dir() else path.parent
+    names = [file.relative_to(base).as_posix() for file in files]
+    lines = "".join(f"{s}  {name}\n" for s, name in zip(sums, names, strict=True))
+    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def save_model(
+    model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000
+) -> None:
+    """Write config.json and model.safetensors, or shards with their index.
+
+    Files are written under temporary names in the folder and renamed when all are complete: a
+    failure leaves the folder's earlier model in place. Weights of that model that are no longer
+    needed are removed last.
+
+    Args:
+        model: has `config` with `to_dict`; weights keep their dtype.
+        folder: made if missing.
+        max_shard_bytes: size above which the weights are split.
+
+    Raises:
+        DoesNotFitError: the disk has no room.
+        WeightsError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    state = model.state_dict()
+    state = dict(zip(plain_names(state), state.values(), strict=True))
+    shards = _split(state, max_shard_bytes)
+    total = sum(tensor.nbytes for tensor in state.values())
+    count = len(shards)
+    names = (
+        ["model.safetensors"]
+        if count == 1
+        else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    )
+    texts = {"config.json": model.config.to_dict()}  # type: ignore[operator, union-attr]
+    if count > 1:
+        weight_map = {key: n for n, shard in zip(names, shards, strict=True) for key in shard}
+        texts["model.safetensors.index.json"] = {
+            "metadata": {"total_size": total},
+            "weight_map": weight_map,
+        }
+    final = [*names, *texts]
+    written = {name: folder / f".{name}.{os.getpid()}.tmp" for name in final}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < total:
+            raise DoesNotFitError(
+                f"{folder}: the model needs {total / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+                "make room or choose another folder"
+            )
+        for name, shard in zip(names, shards, strict=True):
+            dense = {key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()}
+            save_file(dense, written[name], metadata={"format": "pt"})
+        for name, data in texts.items():
+            written[name].write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        for file in written.values():
+            _sync(file)
+        for name in final:
+            os.replace(written[name], folder / name)
+        for old in (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"):
+            if old.name not in final:
+                old.unlink(missing_ok=True)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"cannot write the model to {folder}: {error}") from error
+    finally:
+        for file in written.values():
+            file.unlink(missing_ok=True)
+
+
+def _split(state: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, Tensor]]:
+    """Return the tensors in order, in groups of at most `max_shard_bytes` (or one tensor)."""
+    if max_shard_bytes < 1:
+        raise UsageError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class PretrainedMixin:
+    """Give a model class `from_pretrained` and `save_pretrained`; see `load_model`."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Return a model with the weights of `source`, in eval mode; see `load_model`."""
+        return load_model(cls, source, subfolder=subfolder, dtype=dtype, device=device)  # type: ignore[type-var]
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json and the weights; see `save_model`."""
+        assert isinstance(self, nn.Module)
+        save_model(self, folder)
