@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from opensora.errors import UsageError
+from opensora.errors import UsageError, WeightsError
 from opensora.models.vae import (
     OPENSORA_VAE_V1_2,
     AutoencoderKL,
@@ -358,6 +359,41 @@ def test_old_attention_names_load() -> None:
     fresh = AutoencoderKL(ours.config)
     fresh.load_state_dict(old, strict=True)
     torch.testing.assert_close(fresh.encode(x).mean, ours.encode(x).mean, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_save_and_load_keep_every_bit(tmp_path: Path) -> None:
+    vae = VideoAutoencoder(TINY)
+    for model in (vae, vae.spatial_vae.module, vae.temporal_vae):
+        randomise(model)
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path)
+        assert loaded.config == model.config
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        for name, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name
+
+
+@torch.no_grad()
+def test_old_attention_names_load_from_a_folder(tmp_path: Path) -> None:
+    ours, _, x = build_pair("two_levels")
+    ours.save_pretrained(tmp_path)
+    old = {
+        k.replace("to_q", "query").replace("to_out.0", "proj_attn"): v
+        for k, v in ours.state_dict().items()
+    }
+    save_file(old, tmp_path / "model.safetensors")
+    loaded = AutoencoderKL.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.encode(x).mean, ours.encode(x).mean, rtol=0, atol=0)
+
+
+def test_published_config_is_inferred_from_shapes() -> None:
+    published = json.loads((GOLDEN / "keys_vae.json").read_text())
+    shapes = {name: tuple(shape) for name, shape in published.items()}
+    assert VideoAutoencoder.infer_config(shapes) == OPENSORA_VAE_V1_2
+    shapes["temporal_vae.encoder.conv_in.conv.weight"] = (32, 4, 3, 3, 3)
+    with pytest.raises(WeightsError, match=r"config\.json"):
+        VideoAutoencoder.infer_config(shapes)
 
 
 # --- properties -----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora.checkpoint import PretrainedMixin
 from opensora.errors import UsageError
 from opensora.models.vae._fields import read_fields
 from opensora.models.vae.blocks_2d import EPS, DownBlock2D, MidBlock2D, UpBlock2D
@@ -142,7 +143,7 @@ class Decoder2D(nn.Module):
         return out
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(PretrainedMixin, nn.Module):
     """Encode images to a Gaussian over latents, and decode latents to images.
 
     Latents are the network's own: no scaling factor is applied here.

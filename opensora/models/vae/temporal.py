@@ -14,6 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora.checkpoint import PretrainedMixin
 from opensora.errors import UsageError
 from opensora.models.vae._fields import read_fields
 from opensora.models.vae.posterior import Posterior
@@ -228,7 +229,7 @@ def interleave_frames(x: Tensor) -> Tensor:
     return x.view(B, C // 2, 2, T, H, W).transpose(2, 3).reshape(B, C // 2, 2 * T, H, W)
 
 
-class VAETemporal(nn.Module):
+class VAETemporal(PretrainedMixin, nn.Module):
     """Encode frames to a Gaussian over fewer latent frames, and decode them back.
 
     Time is padded with zeros at the front to a multiple of the temporal factor; decoding drops

@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from opensora.checkpoint import PretrainedMixin
 from opensora.errors import UsageError
 from opensora.models.vae.autoencoder_kl import AutoencoderKL
 from opensora.models.vae.posterior import Posterior
 from opensora.models.vae.temporal import VAETemporal
-from opensora.models.vae.video_config import VideoAutoencoderConfig
+from opensora.models.vae.video_config import VideoAutoencoderConfig, infer_config
 
 # Published with the first release and kept since, also for the SDXL-type 2D VAE of 1.2, whose own
 # factor is another one: the temporal VAE was trained on latents of this scale.
@@ -42,7 +43,7 @@ class _Spatial(nn.Module):
         self.module = module
 
 
-class VideoAutoencoder(nn.Module):
+class VideoAutoencoder(PretrainedMixin, nn.Module):
     """Map videos to normalised latents and back.
 
     encode: z = (temporal(0.18215 * spatial(x)) - shift) / scale, both posteriors sampled.
@@ -51,6 +52,7 @@ class VideoAutoencoder(nn.Module):
 
     family = "VideoAutoencoderPipeline"
     config_class = VideoAutoencoderConfig
+    infer_config = staticmethod(infer_config)
     scale: Tensor
     shift: Tensor
 

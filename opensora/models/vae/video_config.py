@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from opensora.errors import UsageError
+from opensora.errors import UsageError, WeightsError
 from opensora.models.vae._fields import read_fields
 from opensora.models.vae.autoencoder_kl import DOWN_BLOCK, UP_BLOCK, AutoencoderKLConfig
 from opensora.models.vae.temporal import VAETemporalConfig
@@ -163,3 +163,19 @@ OPENSORA_VAE_V1_2 = VideoAutoencoderConfig(
     shift=(-0.10, 0.34, 0.27, 0.98), scale=(3.85, 2.32, 2.33, 3.06)
 )
 PRESETS = {"OpenSoraVAE_V1_2": OPENSORA_VAE_V1_2}
+
+
+def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> VideoAutoencoderConfig:
+    """Return the config of weights that come without a config.json: the published ones only.
+
+    Raises:
+        WeightsError: other shapes; the number of norm groups cannot be read from them.
+    """
+    spatial = shapes.get("spatial_vae.module.encoder.conv_in.weight")
+    temporal = shapes.get("temporal_vae.encoder.conv_in.conv.weight")
+    if (spatial, temporal) != ((128, 3, 3, 3), (128, 4, 3, 3, 3)):
+        raise WeightsError(
+            "these VideoAutoencoder weights are not the published OpenSoraVAE_V1_2 and have no "
+            "config.json; put it beside them"
+        )
+    return OPENSORA_VAE_V1_2
