@@ -163,20 +163,8 @@ class SampleConfig:
         """Refuse settings that contradict each other.
 
         Raises:
-            UsageError: two prompt sources, two sizes, or half of a size.
+            UsageError: an empty range of prompts.
         """
-        if self.prompt and self.prompt_path:
-            raise UsageError("--prompt and --prompt-path exclude each other: give one of them")
-        sizes = [
-            name
-            for name, value in (
-                ("--size", self.size),
-                ("--image-size", self.image_size),
-            )
-            if value
-        ]
-        if len(sizes) == 2:
-            raise UsageError("--size and --image-size exclude each other: give one of them")
         if self.end_index is not None and self.end_index <= self.start_index:
             raise UsageError(
                 f"--end-index {self.end_index} must be greater than "

@@ -250,8 +250,6 @@ def test_flag_spellings_agree() -> None:
         (["--llm-refine", "True"], "not available yet"),
         (["--watermark", "1"], "not available yet"),
         (["--data-path", "x.csv"], "belongs to training"),
-        (["--prompt", "a", "--prompt-path", "b"], "exclude each other"),
-        (["--size", "8x8", "--image-size", "8", "8"], "exclude each other"),
         (["--start-index", "3", "--end-index", "3"], "must be greater"),
     ],
 )

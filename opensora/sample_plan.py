@@ -1,0 +1,311 @@
+"""Turn the settings of a generating run into a checked plan, before any weights are opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opensora.config import Sources
+from opensora.devices import choose_device, choose_dtype
+from opensora.errors import UsageError
+from opensora.files import check_folder
+from opensora.generation import text_of
+from opensora.media import estimate_bytes, frame_rate
+from opensora.pipeline_parts import PipelineParts
+from opensora.prompts import prepare_prompt
+from opensora.request import Request, check_memory, training_note, validate_request
+from opensora.sample_config import SampleConfig
+from opensora.sizes import RATIOS, SIZES, describe_size, get_image_size, get_num_frames, save_path
+
+_RANKS = {"default": 0, "checkpoint": 0, "environment": 2, "command line": 3}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Describe one file to make: its place in the run, prompt, cleaned text, seed and path."""
+
+    index: int
+    prompt: str
+    text: str
+    seed: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold everything a run will do.
+
+    Attributes:
+        config: settings with the checkpoint's defaults filled in.
+        sources: where each came from.
+        parts: where the models are.
+        request: sizes and sampling settings.
+        batches: clips that are sampled together, in order.
+        save_fps: frame rate of the files.
+        device: of the models.
+        dtype: of transformer and VAE.
+        notes: sentences for the user.
+    """
+
+    config: SampleConfig
+    sources: Sources
+    parts: PipelineParts
+    request: Request
+    batches: list[list[Clip]]
+    save_fps: float
+    device: torch.device
+    dtype: torch.dtype
+    notes: list[str]
+
+
+def make_plan(config: SampleConfig, sources: Sources) -> Plan:
+    """Check settings and derive the plan of a run.
+
+    Raises:
+        UsageError: prompts, sizes, paths or settings that cannot be followed.
+        WeightsError: a named checkpoint does not exist.
+        DoesNotFitError: memory or disk do not suffice.
+    """
+    prompts = read_prompts(config, sources)
+    texts = [
+        text_of(
+            prepare_prompt(
+                prompt, aes=config.aes, flow=config.flow, camera_motion=config.camera_motion
+            )
+        )
+        for prompt in prompts
+    ]
+    if config.negative_prompt is not None:
+        text_of(prepare_prompt(config.negative_prompt))
+    notes = list(sources.notes)
+    size = _size(config, sources, notes)
+    frames = None if config.num_frames is None else get_num_frames(config.num_frames)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    parts = PipelineParts.from_config(
+        model=config.model,
+        vae=config.vae,
+        text_encoder=config.text_encoder,
+        scheduler=config.scheduler,
+        ckpt_path=config.ckpt_path,
+    )
+    config, request = _request(config, sources, parts, frames, size)
+    note = training_note(request, parts.defaults.get("trained_sizes", ()))
+    notes += [note] if note else []
+    save_fps = config.save_fps if config.save_fps is not None else _save_fps(request.fps, config)
+    frame_rate(save_fps)
+    batches = _batches(config, list(zip(prompts, texts, strict=True)), request)
+    count = sum(len(batch) for batch in batches)
+    for clip in (clip for batch in batches for clip in batch):
+        if clip.path.is_dir():
+            raise UsageError(f"cannot write {clip.path}: it is a folder; use --sample-name")
+    check_folder(Path(config.save_dir), count * estimate_bytes(*request.size))
+    check_memory(parts.estimate_memory(request, len(batches[0]), dtype), device)
+    return Plan(config, sources, parts, request, batches, save_fps, device, dtype, notes)
+
+
+def read_prompts(config: SampleConfig, sources: Sources) -> list[str]:
+    """Return the prompts of the run, from the flag or the file, cut to start and end index.
+
+    Raises:
+        UsageError: none, two sources, an unreadable file, or indices beyond its end.
+    """
+    given, path = config.prompt, config.prompt_path
+    if given and path:
+        if _rank(sources, "prompt") == _rank(sources, "prompt_path"):
+            raise UsageError("--prompt and --prompt-path exclude each other: give one of them")
+        if _rank(sources, "prompt") > _rank(sources, "prompt_path"):
+            path = None
+    if path:
+        prompts = _prompt_file(Path(path))
+    elif given:
+        prompts = list(given)
+    else:
+        raise UsageError('no prompt: give --prompt "what to show" or --prompt-path FILE')
+    chosen = prompts[config.start_index : config.end_index]
+    if not chosen:
+        raise UsageError(
+            f"--start-index {config.start_index} and --end-index {config.end_index} leave none of "
+            f"the {len(prompts)} prompts"
+        )
+    return chosen
+
+
+def _prompt_file(path: Path) -> list[str]:
+    """Read one prompt a line; empty lines do not count."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise UsageError(f"prompt file {path} does not exist; check the path") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"prompt file {path} is not UTF-8 text; save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot read the prompt file {path}: {why}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"prompt file {path} holds no prompt; write one a line")
+    return prompts
+
+
+def _rank(sources: Sources, *names: str) -> int:
+    """Return the precedence of the strongest source of some settings."""
+    return max(_RANKS.get(sources[name], 1) for name in names)
+
+
+def _size(config: SampleConfig, sources: Sources, notes: list[str]) -> tuple[int, int] | None:
+    """Return (height, width), or None if no setting names a size.
+
+    The strongest source wins: a flag over a key of the file. Of two flags, none.
+    """
+    named = config.resolution is not None or config.aspect_ratio is not None
+    ways = [
+        ("--size", _rank(sources, "size"), config.size is not None),
+        ("--image-size", _rank(sources, "image_size"), config.image_size is not None),
+        ("--resolution", _rank(sources, "resolution", "aspect_ratio"), named),
+    ]
+    ways = [way for way in ways if way[2]]
+    best = [way[0] for way in ways if way[1] == max(way[1] for way in ways)]
+    if not best:
+        return None
+    if len(best) > 1 and best[0] == "--size":
+        raise UsageError(f"{' and '.join(best)} exclude each other: give one of them")
+    if best[0] == "--size":
+        match = re.fullmatch(r"\s*(\d{1,6})\s*[x*×]\s*(\d{1,6})\s*", str(config.size))  # noqa: RUF001
+        if match is None:
+            raise UsageError(f"--size must be WIDTHxHEIGHT such as 64x64, got {config.size!r}")
+        return int(match[2]), int(match[1])
+    if best[0] == "--image-size":
+        return config.image_size
+    if config.resolution is None:
+        raise UsageError("--aspect-ratio needs --resolution, such as 240p")
+    if config.aspect_ratio is None:
+        raise UsageError(
+            "--resolution needs --aspect-ratio as height:width, such as 9:16 for landscape; known: "
+            + ", ".join(RATIOS)
+        )
+    height, width = get_image_size(config.resolution, config.aspect_ratio)
+    notes.append(
+        f"{config.resolution} {config.aspect_ratio} (h:w) -> {describe_size(height, width)}"
+    )
+    return height, width
+
+
+def _request(
+    config: SampleConfig,
+    sources: Sources,
+    parts: PipelineParts,
+    frames: int | None,
+    size: tuple[int, int] | None,
+) -> tuple[SampleConfig, Request]:
+    """Fill settings that nobody gave from the scheduler's dict and the checkpoint; check them."""
+    defaults = parts.defaults
+    height, width = size or (defaults.get("height"), defaults.get("width"))
+    schedule = config.scheduler or {}
+    filled = {
+        "num_frames": frames or defaults.get("num_frames"),
+        "fps": defaults.get("fps"),
+        "num_sampling_steps": defaults.get("num_inference_steps"),
+        "cfg_scale": defaults.get("guidance_scale"),
+    }
+    for name in ("num_sampling_steps", "cfg_scale"):
+        if name in schedule and not sources.is_set(name):
+            config = dataclasses.replace(config, **{name: schedule[name]})
+            sources[name] = f"scheduler of {sources['scheduler']}"
+    if size is None and height is not None and width is not None:
+        filled["image_size"] = (height, width)
+    config = sources.fill(config, filled, "checkpoint")
+    request = validate_request(
+        defaults=defaults,
+        factor=parts.vae_factor,
+        known_sizes=[known for table in SIZES.values() for known in table.values()],
+        num_frames=frames,
+        height=height,
+        width=width,
+        fps=config.fps,
+        num_inference_steps=config.num_sampling_steps,
+        guidance_scale=config.cfg_scale,
+        noise=config.noise,
+    )
+    return config, request
+
+
+def _save_fps(fps: float, config: SampleConfig) -> float:
+    """Return the frame rate of the files: fps // frame_interval, as Open-Sora."""
+    rate = fps // config.frame_interval
+    if rate < 1:
+        raise UsageError(
+            f"--frame-interval {config.frame_interval} leaves less than one of {fps:g} frames per "
+            "second; give a smaller interval or --save-fps"
+        )
+    return rate
+
+
+def _batches(
+    config: SampleConfig, prompts: list[tuple[str, str]], request: Request
+) -> list[list[Clip]]:
+    """Lay out the clips: names, seeds, and which are sampled together.
+
+    A clip's seed is --seed plus its place in the whole prompt list, so that a part of the list
+    gives the same clips. With upstream's noise, batches hold one clip of each prompt, as there.
+    """
+    suffix = ".png" if request.num_frames == 1 else ".mp4"
+    copies = config.num_sample
+    clips: list[list[Clip]] = []
+    owners: dict[Path, str] = {}
+    for place, (prompt, text) in enumerate(prompts):
+        clips.append([])
+        for k in range(copies):
+            index = config.start_index + place
+            path = save_path(
+                config.save_dir,
+                sample_name=config.sample_name,
+                sample_idx=index,
+                prompt=prompt,
+                prompt_as_path=config.prompt_as_path,
+                num_sample=copies,
+                k=k,
+            )
+            path = path.with_name(path.name + suffix)
+            if path in owners:
+                raise UsageError(
+                    f"two prompts would be written to {path}: {prompt!r} is given twice"
+                )
+            owners[path] = prompt
+            number = index * copies + k
+            clips[-1].append(Clip(number, prompt, text, config.seed + number, path))
+    step = config.batch_size
+    if config.noise == "upstream":
+        groups = [clips[start : start + step] for start in range(0, len(clips), step)]
+        return [[of_prompt[k] for of_prompt in group] for group in groups for k in range(copies)]
+    flat = [clip for of_prompt in clips for clip in of_prompt]
+    return [flat[start : start + step] for start in range(0, len(flat), step)]
+
+
+def describe_plan(plan: Plan) -> str:
+    """Say what a run will do, one fact a line."""
+    request, clips = plan.request, [clip for batch in plan.batches for clip in batch]
+    noun = "image" if request.num_frames == 1 else f"clip of {request.num_frames} frames"
+    latent = "x".join(map(str, plan.parts.latent_size(request)))
+    memory = plan.parts.estimate_memory(request, len(plan.batches[0]), plan.dtype) / 2**30
+    lines = [
+        f"{len(clips)} x {noun}, {describe_size(request.height, request.width)}, latent {latent}",
+        f"{request.num_inference_steps} steps, guidance {request.guidance_scale:g}, "
+        f"{request.noise} noise, seeds {clips[0].seed} to {clips[-1].seed}",
+        f"{plan.device}, {str(plan.dtype).removeprefix('torch.')}, at least {memory:.2f} GiB",
+        *(f"{name}: {source}" for name, source in plan.parts.describe().items()),
+        *(f"{clip.path}: {clip.text}" for clip in clips[:20]),
+    ]
+    if len(clips) > 20:
+        lines.append(f"... and {len(clips) - 20} more")
+    return "\n".join(lines)
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """Return the effective settings as JSON values, for the recipe."""
+    return dataclasses.asdict(plan.config)
