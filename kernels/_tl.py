@@ -51,7 +51,7 @@ def load_row(
     if TAIL == 0:
         head = tl.load(ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
         return head, head
-    else:  # noqa: RET505  Triton compiles both branches unless one is an else
+    else:
         head = tl.load(ptr + columns).to(tl.float32)
         rest = HEAD + tl.arange(0, TAIL)
         return head, tl.load(ptr + rest, mask=rest < C, other=0.0).to(tl.float32)
@@ -86,9 +86,7 @@ def sum_row(head, tail, TAIL: tl.constexpr):
 
 
 @triton.jit
-def normalise_row(
-    head, tail, eps, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr
-):
+def normalise_row(head, tail, eps, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
     """Return (row - mean) * rstd, with lanes past the end zero, and rstd; two-pass variance."""
     mean = sum_row(head, tail, TAIL) / C
     head -= mean

@@ -63,11 +63,11 @@ class Op:
     ) -> None:
         self.name = schema.partition("(")[0]
         self.dtypes = dtypes
-        self._cuda = cuda
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"opensora::{self.name}", fake, lib=_LIBRARY)
-        if cuda is not None:
-            _LIBRARY.impl(self.name, _imported_on_first_call(cuda), "CUDA")
+        self.launcher = None if cuda is None else _imported_on_first_call(cuda)
+        if self.launcher is not None:
+            _LIBRARY.impl(self.name, self.launcher, "CUDA")
         self._call = getattr(torch.ops.opensora, self.name).default
         self._kernels: dict[str, str | None] = {}
         registry.append(self)
@@ -83,7 +83,7 @@ class Op:
         return self._kernels[device_type]
 
     def _find_kernel(self, device_type: str) -> str | None:
-        if device_type == "cuda" and self._cuda is not None:
+        if device_type == "cuda" and self.launcher is not None:
             return "Triton" if _has_triton() else None
         key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
         if key is None:
@@ -116,12 +116,12 @@ class Op:
 
     def describe(self) -> str:
         """Return the kernels of this installation in words, device by device."""
-        found = [
-            f"{kernel} on {device} for " + ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-            for device, dtypes in self.dtypes.items()
-            if (kernel := self.kernel(device)) is not None
-        ]
-        return "; ".join(found) or "none (the compiled library is missing, see csrc/README.md)"
+        words = []
+        for device, dtypes in self.dtypes.items():
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            kernel = self.kernel(device)
+            words.append(f"{device}: " + (f"{kernel} for {names}" if kernel else "none installed"))
+        return "; ".join(words)
 
 
 def _imported_on_first_call(target: str) -> Callable[..., Any]:

@@ -17,80 +17,49 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opensora.ops._library import Op, needs_grad
+from opensora.ops._modulation import check, dense_rows, per_frame, split_frames, sum_frames
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+_Row = Tensor | None  # a modulation, [B, C]
 
 
 def reference(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    select: Tensor | None,
-    shift0: Tensor | None,
-    scale0: Tensor | None,
-    eps: float,
+    x: Tensor, shift: Tensor, scale: Tensor, select: _Row, shift0: _Row, scale0: _Row, eps: float
 ) -> Tensor:
     """Compute the op in plain PyTorch: float32 statistics, then modulation in x's dtype."""
-    if select is not None and shift0 is not None and scale0 is not None:
-        shift, scale = (
-            torch.where(select[..., None], chosen[:, None], other[:, None])[:, :, None]
-            for chosen, other in ((shift, shift0), (scale, scale0))
-        )  # [B, T, 1, C]
-    else:
-        shift, scale = shift[:, None, None], scale[:, None, None]  # [B, 1, 1, C]
     normed = F.layer_norm(x, x.shape[-1:], eps=eps).to(x.dtype)
-    by_frame = normed.reshape(x.shape[0], shift.shape[1], -1, x.shape[-1])
-    return (by_frame * (1 + scale) + shift).reshape(x.shape)
+    shift, scale = per_frame(shift, shift0, select), per_frame(scale, scale0, select)
+    return (split_frames(normed, select) * (1 + scale) + shift).reshape(x.shape)
 
 
 def reference_backward(
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    select: Tensor | None,
-    scale0: Tensor | None,
-    eps: float,
+    grad: Tensor, x: Tensor, scale: Tensor, select: _Row, scale0: _Row, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gradients that `_backward` returns, written out instead of by autograd.
+    """Return what `_backward` returns. With n = normalised x and g = grad * (1 + scale):
 
-    With n = normalised x and g = grad * (1 + scale):
-
-        dx = (g - mean(g) - n * mean(g * n)) / sqrt(var(x) + eps)
-        dshift = sum of grad, dscale = sum of grad * n, over the tokens that a row modulates
+    dx = (g - mean(g) - n * mean(g * n)) / sqrt(var(x) + eps)
+    dshift = sum of grad, dscale = sum of grad * n, over the tokens that share the row
     """
-    batch, channels = x.shape[0], x.shape[-1]
-    frames = 1 if select is None else select.shape[1]
-    rows = [t.reshape(batch, frames, -1, channels) for t in (x, grad)]  # [B, T, S, C]
-    x4, dy = (r if r.dtype == torch.float64 else r.float() for r in rows)
-    scale4 = scale[:, None, None]
-    if select is not None and scale0 is not None:
-        scale4 = torch.where(select[:, :, None, None], scale4, scale0[:, None, None])
-    centred = x4 - x4.mean(-1, keepdim=True)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    tokens, grads = (split_frames(t.to(wide), select) for t in (x, grad))
+    centred = tokens - tokens.mean(-1, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    n, g = centred * rstd, dy * (1 + scale4)
+    n, g = centred * rstd, grads * (1 + per_frame(scale, scale0, select).to(wide))
     dx = rstd * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
-    sums = torch.stack((dy.sum(2), (dy * n).sum(2)), dim=2)  # [B, T, 2, C]
-    if select is None:
-        dmodulation = sums[:, 0]
-    else:
-        chosen = select[:, :, None, None].to(sums.dtype)
-        dmodulation = torch.cat(((sums * chosen).sum(1), (sums * (1 - chosen)).sum(1)), dim=1)
-    return dx.reshape(x.shape).to(x.dtype), dmodulation.to(x.dtype)
+    sums = torch.stack((grads.sum(2), (grads * n).sum(2)), dim=2)  # [B, T, 2, C]
+    return dx.reshape(x.shape).to(x.dtype), sum_frames(sums, select).to(x.dtype)
 
 
 def _fake_forward(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, select: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor]:
-    modulations = 2 if select is None else 4
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, x.new_empty(x.shape[0], modulations, x.shape[-1])
+def _fake_backward(grad: Tensor, x: Tensor, scale: Tensor, select: _Row, *_: Any) -> Any:
+    dmodulation = x.new_empty(x.shape[0], 2 if select is None else 4, x.shape[-1])
+    return torch.empty_like(x, memory_format=torch.contiguous_format), dmodulation
 
 
 _forward = Op(
@@ -101,7 +70,7 @@ _forward = Op(
     cuda="opensora.kernels.layernorm_modulate:forward",
 )
 
-# dmodulation [B, 2 or 4, C] holds the gradients of shift, scale (, shift0, scale0).
+# dmodulation [B, 2 or 4, C]: the gradients of shift and scale (and of shift0 and scale0).
 _backward = Op(
     "layernorm_modulate_backward(Tensor grad, Tensor x, Tensor scale, Tensor? select, "
     "Tensor? scale0, float eps) -> (Tensor dx, Tensor dmodulation)",
@@ -112,28 +81,20 @@ _backward = Op(
 
 
 class _LayerNormModulate(torch.autograd.Function):
-    """Save x alone: the kernels recompute its statistics while the row is in registers."""
+    """Save x and no statistics: backward has the row in registers and recomputes them there."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        shift: Tensor,
-        scale: Tensor,
-        select: Tensor | None,
-        shift0: Tensor | None,
-        scale0: Tensor | None,
-        eps: float,
-    ) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, _, scale, select, _, scale0, eps = args
         ctx.save_for_backward(x, scale, select, scale0)
         ctx.eps = eps
-        return _forward(x, shift, scale, select, shift0, scale0, eps)  # type: ignore[no-any-return]
+        y: Tensor = _forward(*args)
+        return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, select, scale0 = ctx.saved_tensors
-        dx, dmodulation = _backward(grad.contiguous(), x, scale, select, scale0, ctx.eps)
+        dx, dmodulation = _backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps)
         dshift, dscale, *others = dmodulation.unbind(1)
         dshift0, dscale0 = others or (None, None)
         return dx, dshift, dscale, None, dshift0, dscale0, None
@@ -151,69 +112,35 @@ def layernorm_modulate(
 ) -> Tensor:
     """Normalise every token of `x` and modulate it: `layer_norm(x) * (1 + scale) + shift`.
 
-    Statistics are float32 (float64 for float64 input) and two-pass; the kernels round once, at
-    the end. Results are deterministic. Gradients flow to `x` and to every shift and scale.
+    Statistics are float32 (float64 for float64 input) and two-pass; kernels round once, at the
+    end. Deterministic. Differentiable once, in `x` and in every shift and scale.
 
     Args:
-        x: Tokens [B, N, C] or [B, T, S, C], floating point. A kernel reads dense rows: any
-            layout but the contiguous one costs a copy.
-        shift: Added after scaling, [B, C] with any row stride; cast to x's dtype.
-        scale: Deviation of the factor from one, like `shift`.
-        select: Which frames take (shift, scale); the others take (shift0, scale0). Bool [B, T]; a
-            frame is a run of N / T tokens. Comes with `shift0` and `scale0`, or not at all.
-        shift0: Like `shift`, for the frames that `select` leaves out (timestep zero).
-        scale0: Like `scale`, for those frames.
+        x: Tokens [B, N, C] or [B, T, S, C], floating point. A kernel copies what is not contiguous.
+        shift: Added last, [B, C] with rows any stride apart; cast to x's dtype.
+        scale: Factor less one, laid out like `shift`.
+        select: Bool [B, T]: frames that take (shift, scale); the others take (shift0, scale0). A
+            frame is a run of N / T tokens.
+        shift0: Like `shift`; given exactly when `select` is.
+        scale0: Like `scale`; given exactly when `select` is.
         eps: Added to the variance, > 0.
 
     Returns:
-        Tensor of x's shape and dtype, contiguous when a kernel serves.
+        Tensor of x's shape and dtype.
 
     Raises:
-        ValueError: Shapes do not fit together.
-        NotImplementedError: Kernels are required (`OPENSORA_KERNELS`) and none serves.
+        ValueError: Shapes, devices or the set of arguments do not fit together.
+        NotImplementedError: `OPENSORA_KERNELS=require`, and no kernel takes `x`.
 
-    Source: adaptive layer norm of DiT (Peebles and Xie, 2023); selection per frame after
-        Open-Sora 1.2's masked frames.
+    Source: adaptive layer norm of DiT (Peebles and Xie, 2023), per frame as in Open-Sora 1.2.
     """
-    _check(x, shift, scale, select, shift0, scale0)
-    rows = [None if t is None else t.to(x.dtype) for t in (shift, scale, shift0, scale0)]
-    shift, scale, shift0, scale0 = rows  # type: ignore[assignment]
+    check(x, select, shift=shift, scale=scale, shift0=shift0, scale0=scale0)
+    shift, scale = dense_rows(shift, x.dtype), dense_rows(scale, x.dtype)
+    if shift0 is not None and scale0 is not None:
+        shift0, scale0 = dense_rows(shift0, x.dtype), dense_rows(scale0, x.dtype)
     if not _forward.serves(x):
         return reference(x, shift, scale, select, shift0, scale0, eps)
-    x = x.contiguous()
-    if needs_grad(x, shift, scale, shift0, scale0):
-        return _LayerNormModulate.apply(x, shift, scale, select, shift0, scale0, eps)  # type: ignore[no-any-return]
-    return _forward(x, shift, scale, select, shift0, scale0, eps)  # type: ignore[no-any-return]
-
-
-def _check(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    select: Tensor | None,
-    shift0: Tensor | None,
-    scale0: Tensor | None,
-) -> None:
-    """Raise ValueError, with the shape expected and the shape given, where the call is wrong."""
-    if x.dim() not in (3, 4) or not x.is_floating_point():
-        raise ValueError(
-            f"x must be a float [B, N, C] or [B, T, S, C], got {x.dtype} {list(x.shape)}"
-        )
-    if (select is None) != (shift0 is None) or (select is None) != (scale0 is None):
-        raise ValueError("select, shift0 and scale0 come together: pass all three or none")
-    row = (x.shape[0], x.shape[-1])
-    for name, t in (("shift", shift), ("scale", scale), ("shift0", shift0), ("scale0", scale0)):
-        if t is not None and t.shape != row:
-            raise ValueError(f"{name} must be [B, C] = {list(row)} to match x, got {list(t.shape)}")
-    if select is None:
-        return
-    if select.dtype != torch.bool or select.dim() != 2 or select.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"select must be bool [B, T] with B = {x.shape[0]}, got {select.dtype} "
-            f"{list(select.shape)}"
-        )
-    frames = select.shape[1]
-    if x.dim() == 4 and x.shape[1] != frames:
-        raise ValueError(f"select has {frames} frames, but x has T = {x.shape[1]}")
-    if x.dim() == 3 and (frames == 0 or x.shape[1] % frames):
-        raise ValueError(f"select has {frames} frames, which do not divide x's N = {x.shape[1]}")
+    recorded = needs_grad(x, shift, scale, shift0, scale0)
+    run = _LayerNormModulate.apply if recorded else _forward
+    y: Tensor = run(x.contiguous(), shift, scale, select, shift0, scale0, eps)
+    return y

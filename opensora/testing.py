@@ -1,0 +1,231 @@
+"""Provide what tests and benches of ops share: oracles, implementations, tolerances, counts.
+
+One property is written once, as a test over `implementations()`: the reference, the C++ kernels of
+every instruction set this processor has, and Triton where CUDA is. Without CUDA the same test file
+runs again in a process whose Triton kernels are interpreted (`run_interpreted`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from opensora import _extension
+from opensora.ops import _library
+
+
+@contextmanager
+def _mode(mode: _library.Mode) -> Iterator[None]:
+    before, _library.mode = _library.mode, mode
+    try:
+        yield
+    finally:
+        _library.mode = before
+
+
+def reference() -> AbstractContextManager[None]:
+    """Run every op on its PyTorch reference, in this process, while the context lasts."""
+    return _mode("reference")
+
+
+def require() -> AbstractContextManager[None]:
+    """Raise, while the context lasts, where an op has no kernel for its tensors."""
+    return _mode("require")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Name one way to run every op, and the device its tensors live on."""
+
+    name: str
+    device: str
+    activate: Callable[[], AbstractContextManager[None]]
+
+    def __str__(self) -> str:
+        return self.name.replace(" ", "-")
+
+
+def implementations() -> list[Implementation]:
+    """List what can run here; in a process with `TRITON_INTERPRET=1`, interpreted Triton alone."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return [Implementation("Triton interpreted", "cpu", _interpreted_triton)]
+    found = [Implementation("reference", "cpu", reference)]
+    for name in _extension.INSTRUCTION_SETS:
+        try:
+            with _instruction_set(name):
+                activate = partial(_instruction_set, name)
+        except ValueError:
+            continue  # this processor lacks it, or nothing is compiled
+        found.append(Implementation(f"C++ {name}", "cpu", activate))
+    if torch.cuda.is_available():
+        found.append(Implementation("Triton", "cuda", require))
+    return found
+
+
+@contextmanager
+def _instruction_set(name: str) -> Iterator[None]:
+    before = _extension.instruction_set()
+    _extension.use_instruction_set(name)
+    try:
+        with require():
+            yield
+    finally:
+        if before is not None:
+            _extension.use_instruction_set(before)
+
+
+@contextmanager
+def _interpreted_triton() -> Iterator[None]:
+    """Send CPU tensors to the Triton launchers."""
+    with ExitStack() as stack:
+        for op in _library.registry:
+            if op.launcher is not None:
+                stack.enter_context(mock.patch.object(op, "_call", op.launcher))
+                stack.enter_context(mock.patch.dict(op._kernels, {"cpu": "Triton"}))
+        stack.enter_context(require())
+        yield
+
+
+def run_interpreted(test_file: str, keyword: str) -> None:
+    """Run the tests of a file that match `keyword` with Triton's interpreter, in a new process.
+
+    Raises:
+        AssertionError: A test failed or none ran; the message is pytest's output.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test_file]
+    run = subprocess.run(
+        [*command, "-k", keyword],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def randn(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Tensor:
+    """Draw a normal tensor that depends on the seed alone, not on device or dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def double(values: Sequence[Any]) -> list[Any]:
+    """Return an op's arguments with every floating-point tensor copied to float64."""
+    return [
+        v.detach().double().requires_grad_(v.requires_grad)
+        if isinstance(v, Tensor) and v.is_floating_point()
+        else v
+        for v in values
+    ]
+
+
+def assert_as_exact_as(working: Tensor, actual: Tensor, truth: Tensor) -> None:
+    """Check `actual` against the truth, by the error that the reference makes itself.
+
+    Args:
+        working: The reference's result in the working dtype.
+        actual: The kernel's result, in the same dtype.
+        truth: The reference's result in float64. NaN must be NaN in `actual` too.
+
+    Raises:
+        AssertionError: An element is further from the truth than twice the largest error of
+            `working` plus one rounding step of the dtype at that element.
+    """
+    assert actual.dtype == working.dtype
+    assert actual.shape == truth.shape
+    step = torch.finfo(actual.dtype).eps
+    actual, working, truth = (t.detach().double().cpu() for t in (actual, working, truth))
+    assert torch.equal(actual.isnan(), truth.isnan()), "NaN in other places than the truth"
+    if truth.numel() == 0:
+        return
+    own = (working - truth).abs().nan_to_num(0.0).max()
+    error = (actual - truth).abs().nan_to_num(0.0)
+    allowed = 2 * own + step * truth.abs().nan_to_num(0.0)
+    excess = (error - allowed).max().item()
+    found = f"error {error.max():.3e}, the reference's own {own:.3e}, over by {excess:.3e}"
+    assert excess <= 0, found
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Count what a compiled Triton kernel uses, per thread and per program."""
+
+    registers: int
+    spills: int  # loads from and stores to local memory, in instructions
+    shared: int  # bytes
+    barriers: int  # instructions
+    accesses: frozenset[str]  # kinds of global loads and stores: "LDG.E.128", ...
+
+
+def compile_triton(
+    kernel: Any,
+    capability: int,
+    *,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    num_warps: int,
+) -> Resources:
+    """Compile a Triton kernel for a GPU that need not be here and count its resources.
+
+    Args:
+        kernel: A `triton.jit` function whose pointers end in `_ptr`, whose strides end in
+            `_stride` and whose `eps` is the only float.
+        capability: 80, 90 or 100.
+        pointers: Element type by argument name, with "" for all others: {"": "bf16"}.
+        constants: Values of the constexpr arguments.
+        num_warps: Warps of a program.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + pointers.get(name, pointers[""])
+        else:
+            signature[name] = "fp32" if name == "eps" else "i32"
+        if name.endswith(("_ptr", "_stride")):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _output(tools / "cuobjdump", "-res-usage", cubin.name)
+        assembly = _output(tools / "nvdisasm", cubin.name)
+    found = re.search(r"REG:(\d+) .*?SHARED:(\d+)", usage)
+    assert found is not None, usage
+    return Resources(
+        registers=int(found[1]),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
+        shared=int(found[2]),
+        barriers=len(re.findall(r"\bBAR\.", assembly)),
+        accesses=frozenset(re.findall(r"\b(?:LDG|STG)\.E(?:\.\w+)?", assembly)),
+    )
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
