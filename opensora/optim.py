@@ -8,6 +8,7 @@ quintic Newton-Schulz iteration. Convolution weights are taken as matrices [out,
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,22 +17,23 @@ from torch import Tensor, nn
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Move the singular values of a matrix near 1.
+    """Move the singular values of matrices near 1.
 
     Args:
-        matrix: [R, C], floating.
-        steps: Newton-Schulz iterations.
+        matrix: [..., R, C], floating.
+        steps: Newton-Schulz iterations, computed in bfloat16.
 
     Returns:
-        [R, C], the dtype of `matrix`; singular values between about 0.7 and 1.2.
+        [..., R, C], the dtype of `matrix`; singular values between about 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if matrix.shape[0] > matrix.shape[1] else x
+    return (x.mT if tall else x).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -81,32 +83,40 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["muon"]:
+                # One batched product for all matrices of one shape: a transformer has few shapes.
+                by_shape: defaultdict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
                 for parameter in parameters:
-                    self._step_matrix(parameter, group)
+                    by_shape[tuple(parameter.flatten(1).shape)].append(parameter)
+                for same in by_shape.values():
+                    self._step_matrices(same, group)
             elif parameters:
                 self._step_adamw(parameters, group)
         return loss
 
-    def _step_matrix(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        gradient = parameter.grad
-        assert gradient is not None
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(state["momentum"], group["momentum"]).flatten(1)
+    def _step_matrices(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        updates = []
+        for parameter in parameters:
+            state, gradient = self.state[parameter], parameter.grad
+            assert gradient is not None
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            state["momentum"].lerp_(gradient, 1 - group["momentum"])
+            updates.append(gradient.lerp(state["momentum"], group["momentum"]).flatten(1))
+        stacked = torch.stack(updates)
         # Size independent of the shape: root mean square 0.2, as an AdamW step has.
-        size = 0.2 * max(update.shape) ** 0.5
-        update = orthogonalise(update).view_as(parameter)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * size)
+        size = 0.2 * max(stacked.shape[1:]) ** 0.5
+        for parameter, update in zip(parameters, orthogonalise(stacked), strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
 
     def _step_adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
-                state.update(step=0, mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
+                state.update(
+                    step=0, mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter)
+                )
             state["step"] += 1
             gradient = parameter.grad
             assert gradient is not None

@@ -10,8 +10,9 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -38,38 +39,37 @@ def learning_rate_factor(step: int, total: int, warmup: int, decay: float) -> fl
 class EMA:
     """Keep float32 exponential moving averages of all parameters and float buffers.
 
-    The decay warms up: after n updates it is min(decay, (1 + n) / (10 + n)).
+    The decay warms up: after n updates it is min(decay, (1 + n) / (10 + n)). A tensor that goes by
+    two names (T5's embedding) is held once: swapping it twice would not give it back.
     """
 
     def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
         self.modules, self.decay, self.updates = modules, decay, 0
-        self.state = {
-            f"{name}.{key}": value.detach().float().clone()
-            for name, module in modules.items()
-            for key, value in module.state_dict().items()
-            if value.is_floating_point()
-        }
+        self.state = {key: value.detach().float().clone() for key, value in self._values()}
+
+    def _values(self) -> Iterator[tuple[str, Tensor]]:
+        seen = set()
+        for name, module in self.modules.items():
+            for key, value in module.state_dict().items():
+                if value.is_floating_point() and value.data_ptr() not in seen:
+                    seen.add(value.data_ptr())
+                    yield f"{name}.{key}", value
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the averages towards the present values."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, module in self.modules.items():
-            for key, value in module.state_dict().items():
-                if value.is_floating_point():
-                    self.state[f"{name}.{key}"].lerp_(value.float(), 1 - decay)
+        for key, value in self._values():
+            self.state[key].lerp_(value.float(), 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the averages with the modules' values; a second call changes back."""
-        for name, module in self.modules.items():
-            for key, value in module.state_dict().items():
-                if value.is_floating_point():
-                    average = self.state[f"{name}.{key}"]
-                    held = value.float().clone()
-                    value.copy_(average)
-                    average.copy_(held)
+        for key, value in self._values():
+            held = value.float().clone()
+            value.copy_(self.state[key])
+            self.state[key].copy_(held)
 
 
 class TrainingRun:
@@ -95,7 +95,9 @@ class TrainingRun:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n")
         except OSError as error:
-            raise UsageError(f"cannot write the output folder {folder}: {error.strerror}") from error
+            raise UsageError(
+                f"cannot write the output folder {folder}: {error.strerror}"
+            ) from error
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Average `values` over `log_every` steps, then print and record them with the time left.
@@ -118,7 +120,10 @@ class TrainingRun:
         elapsed = time.monotonic() - self._started
         left = elapsed / (step + 1 - self._first) * (self.total - step - 1)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        print(f"step {step + 1}/{self.total}  {shown}  elapsed {_clock(elapsed)}  left {_clock(left)}", flush=True)
+        print(
+            f"step {step + 1}/{self.total}  {shown}  elapsed {_clock(elapsed)}  left {_clock(left)}",
+            flush=True,
+        )
         self._sums.clear()
         self._count = 0
 
@@ -128,7 +133,9 @@ class TrainingRun:
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def save(self, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, ema: EMA) -> None:
+    def save(
+        self, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, ema: EMA
+    ) -> None:
         """Write everything that resuming needs, atomically."""
         state = {
             "step": step,
@@ -145,7 +152,9 @@ class TrainingRun:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def resume(self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, ema: EMA) -> int:
+    def resume(
+        self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, ema: EMA
+    ) -> int:
         """Read `state.pt` of the folder back; returns the number of steps taken, 0 without a file.
 
         Raises:
@@ -161,7 +170,7 @@ class TrainingRun:
             optimizer.load_state_dict(state["optimizer"])
             for key, value in state["ema"].items():
                 ema.state[key].copy_(value)
-        except (RuntimeError, KeyError, ValueError, OSError, EOFError) as error:
+        except (RuntimeError, KeyError, ValueError, OSError, EOFError, UnpicklingError) as error:
             raise WeightsError(
                 f"cannot resume from {path}: {str(error).splitlines()[0]}; give another --outputs or "
                 "the configuration that the run was started with"

@@ -35,7 +35,9 @@ def save_contact_sheet(
     from PIL import Image, ImageDraw
 
     if not clips or len(clips) != len(labels):
-        raise UsageError(f"a contact sheet needs one label a clip: got {len(clips)} clips, {len(labels)} labels")
+        raise UsageError(
+            f"a contact sheet needs one label a clip: got {len(clips)} clips, {len(labels)} labels"
+        )
     height = max(int(c.shape[1]) for c in clips) * scale
     width = max(int(c.shape[2]) for c in clips) * scale
     text, gap = 14, 4
@@ -49,10 +51,14 @@ def save_contact_sheet(
         for k in range(frames):
             t = round(k * (clip.shape[0] - 1) / max(1, frames - 1))
             picture = Image.fromarray(clip[t].numpy())
-            picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+            picture = picture.resize(
+                (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
+            )
             sheet.paste(picture, (left + k * (width + gap), top + text))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path, optimize=True)
     except OSError as error:
-        raise UsageError(f"cannot write the contact sheet {path}: {error.strerror or error}") from error
+        raise UsageError(
+            f"cannot write the contact sheet {path}: {error.strerror or error}"
+        ) from error

@@ -39,9 +39,17 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "gray": (120, 120, 124),
     "white": (242, 242, 240),
 }
-SIZES: dict[str, tuple[float, float]] = {"small": (7.0, 7.8), "medium": (9.2, 10.2), "large": (12.0, 13.2)}
+SIZES: dict[str, tuple[float, float]] = {
+    "small": (7.0, 7.8),
+    "medium": (9.2, 10.2),
+    "large": (12.0, 13.2),
+}
 # Displacement over one clip of 17 frames.
-SPEEDS: dict[str, tuple[float, float]] = {"slow": (11.0, 13.0), "normal": (15.0, 18.0), "fast": (21.0, 24.0)}
+SPEEDS: dict[str, tuple[float, float]] = {
+    "slow": (11.0, 13.0),
+    "normal": (15.0, 18.0),
+    "fast": (21.0, 24.0),
+}
 _D = math.sqrt(0.5)
 MOTIONS: dict[str, tuple[float, float]] = {
     "right": (1.0, 0.0),
@@ -166,7 +174,10 @@ def track(scene: Scene, frames: int, height: int, width: int) -> Tensor:
     step = torch.arange(frames, dtype=torch.float32) / (CLIP_FRAMES - 1)
     position = middle - half + step[:, None] * 2 * half
     if frames > CLIP_FRAMES:
-        low, span = torch.minimum(torch.full((2,), extent), size / 2), (size - 2 * extent).clamp(min=1e-3)
+        low, span = (
+            torch.minimum(torch.full((2,), extent), size / 2),
+            (size - 2 * extent).clamp(min=1e-3),
+        )
         phase = ((position - low) / span) % 2
         position = low + span * torch.where(phase > 1, 2 - phase, phase)
     return position
@@ -198,7 +209,8 @@ def coverage(shape: str, offset_x: Tensor, offset_y: Tensor, radius: float) -> T
         crosses = above & ((px * ey - py * ex < 0) == (ey > 0))
         nearest = squared if nearest is None else torch.minimum(nearest, squared)
         inside = crosses if inside is None else inside ^ crosses
-    assert nearest is not None and inside is not None
+    assert nearest is not None
+    assert inside is not None
     distance = nearest.sqrt()
     return (0.5 - torch.where(inside, -distance, distance)).clamp(0, 1)
 
@@ -209,6 +221,7 @@ def render(
     height: int = 64,
     width: int = 64,
     window: tuple[int, int, int, int] | None = None,
+    only: Sequence[int] | None = None,
 ) -> Tensor:
     """Draw a scene with anti-aliased edges.
 
@@ -216,6 +229,7 @@ def render(
         scene: What to draw.
         frames, height, width: Size of the clip.
         window: (top, left, height, width) of the part to draw; None draws all of it.
+        only: Indices of the frames to draw; None draws all of them.
 
     Returns:
         uint8 [frames, height, width, 3].
@@ -223,6 +237,8 @@ def render(
     top, left, rows, columns = window or (0, 0, height, width)
     unit = min(height, width) / 64
     position = track(scene, frames, height, width)
+    if only is not None:
+        position = position[list(only)]
     x = torch.arange(left, left + columns, dtype=torch.float32) + 0.5
     y = torch.arange(top, top + rows, dtype=torch.float32) + 0.5
     dx = x[None, None, :] - position[:, 0, None, None]
@@ -239,7 +255,11 @@ _SHAPE_WORDS = {
     "triangle": ("triangle",),
     "star": ("star", "star", "star", "five-pointed star"),
 }
-_SIZE_WORDS = {"small": ("small", "little", "tiny"), "medium": ("medium", "medium-sized"), "large": ("large", "big")}
+_SIZE_WORDS = {
+    "small": ("small", "little", "tiny"),
+    "medium": ("medium", "medium-sized"),
+    "large": ("large", "big"),
+}
 _SPEED_WORDS = {"slow": ("slowly",), "normal": ("",), "fast": ("quickly", "fast")}
 _AXIS_WORDS = {
     "right": ("right", "to the right", "rightwards", "from left to right", "towards the right"),
@@ -257,8 +277,30 @@ _STILL_WORDS = (
     "holding still",
     "stationary",
 )
-_GOING = ("moving", "moving", "moving", "going", "sliding", "gliding", "drifting", "travelling", "floating", "flying")
-_GOES = ("moves", "moves", "moves", "goes", "slides", "glides", "drifts", "travels", "floats", "flies")
+_GOING = (
+    "moving",
+    "moving",
+    "moving",
+    "going",
+    "sliding",
+    "gliding",
+    "drifting",
+    "travelling",
+    "floating",
+    "flying",
+)
+_GOES = (
+    "moves",
+    "moves",
+    "moves",
+    "goes",
+    "slides",
+    "glides",
+    "drifts",
+    "travels",
+    "floats",
+    "flies",
+)
 _OPENINGS = (
     ("a", 12),
     ("", 3),
@@ -335,7 +377,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write a contact sheet: one clip a row, five of its frames, ordered by split and shape."""
     from opensora.data.contact_sheet import save_contact_sheet
 
-    parser = argparse.ArgumentParser(prog="python -m opensora.data.shapes", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m opensora.data.shapes", description=main.__doc__
+    )
     parser.add_argument("--output", type=Path, default=Path("samples/shapes.png"))
     parser.add_argument("--num", type=int, default=24, help="clips on the sheet")
     parser.add_argument("--seed", type=int, default=0)

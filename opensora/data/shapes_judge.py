@@ -130,7 +130,9 @@ def judge(clip: Tensor) -> Verdict:
 
     masks = _normalise(mask, centre, area.clamp(min=1.0)).mean(0)
     templates, ratios = _templates()
-    overlap = torch.minimum(masks, templates).sum((1, 2)) / torch.maximum(masks, templates).sum((1, 2))
+    overlap = torch.minimum(masks, templates).sum((1, 2)) / torch.maximum(masks, templates).sum(
+        (1, 2)
+    )
     shape = SHAPES[int(overlap.argmax())]
     if not reason and float(overlap.max()) < 0.6:
         reason = "the object has none of the known shapes"
@@ -147,7 +149,9 @@ def judge(clip: Tensor) -> Verdict:
         moving = [m for m in MOTIONS if m != "still"]
         motion = min(
             moving,
-            key=lambda m: abs(math.remainder(angle - math.atan2(MOTIONS[m][1], MOTIONS[m][0]), math.tau)),
+            key=lambda m: abs(
+                math.remainder(angle - math.atan2(MOTIONS[m][1], MOTIONS[m][0]), math.tau)
+            ),
         )
     radius = math.sqrt(float(typical) / ratios[shape]) / unit
     middles = {name: sum(limits) / 2 for name, limits in SIZES.items()}

@@ -11,7 +11,7 @@ model = dict(
         block_out_channels=(16, 32, 64, 64),
         layers_per_block=1,
         latent_channels=8,
-        norm_num_groups=8,
+        norm_num_groups=2,
     ),
     vae_temporal=dict(
         in_out_channels=8,
@@ -21,7 +21,7 @@ model = dict(
         num_res_blocks=1,
         channel_multipliers=(1, 2, 2, 4),
         temporal_downsample=(False, True, True),
-        num_groups=8,
+        num_groups=2,
     ),
     shift=(0.0, 0.0, 0.0, 0.0),
     scale=(1.0, 1.0, 1.0, 1.0),
@@ -29,20 +29,18 @@ model = dict(
     micro_batch_size=17,
 )
 
-# Windows that follow the shape, then whole frames.
+# Single frames, 2D latents, windows that follow the shape, whole frames.
 window = 32
-steps = 2000
-full_steps = 200
-batch_size = 6
-full_batch_size = 2
+stages = (1000, 1000, 600, 150)
+batch_sizes = (32, 8, 6, 2)
 
 lr = 2e-3
-adamw_lr = 2e-3
-warmup_steps = 50
-decay = 0.4
+adamw_lr = 1e-3
+warmup_steps = 20
+decay = 0.25
 kl_loss_weight = 2e-4
 grad_clip = 1.0
 ema_decay = 0.99
 dtype = "bf16"
 log_every = 50
-ckpt_every = 500
+ckpt_every = 300

@@ -1,0 +1,241 @@
+"""Check the training programs on models of a few thousand weights: they learn, resume and refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from opensora.config_file import load_config_file
+from opensora.errors import NonFiniteError, UsageError, WeightsError
+from opensora.pipeline import OpenSoraPipeline
+from opensora.train import TrainConfig, read_buckets, train
+from opensora.train import main as train_main
+from opensora.train_vae import STAGES, TrainVAEConfig, draw_batch, stage_of, train_vae
+from opensora.training import EMA, TrainingRun, learning_rate_factor
+
+VAE_MODEL = {
+    "vae_2d": {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [8, 8, 8, 8],
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 2,
+    },
+    "vae_temporal": {
+        "filters": 4,
+        "num_res_blocks": 1,
+        "channel_multipliers": [1, 1, 1, 2],
+        "num_groups": 2,
+    },
+    "shift": [0.0] * 4,
+    "scale": [1.0] * 4,
+}
+VAE = TrainVAEConfig(
+    model=VAE_MODEL,
+    image_size=(16, 16),
+    num_frames=5,
+    window=8,
+    stages=(2, 2, 2, 2),
+    batch_sizes=(2, 2, 2, 1),
+    log_every=2,
+    ckpt_every=4,
+    num_statistics=8,
+    dtype="fp32",
+)
+
+
+@pytest.fixture(scope="module")
+def trained_vae(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    return train_vae(dataclasses.replace(VAE, outputs=str(folder)))
+
+
+def transformer_config(outputs, vae, **changes) -> TrainConfig:
+    """Describe a training run of six steps."""
+    return TrainConfig(
+        model={
+            "hidden_size": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "mlp_ratio": 1.0,
+            "pred_sigma": False,
+            "caption_channels": 16,
+            "model_max_length": 120,
+        },
+        vae=str(vae),
+        text_encoder={
+            "max_length": 120,
+            "d_model": 16,
+            "d_ff": 16,
+            "num_layers": 1,
+            "num_heads": 2,
+        },
+        scheduler={"num_sampling_steps": 2, "cfg_scale": 2.0},
+        defaults={"num_frames": 5, "height": 16, "width": 16, "fps": 8},
+        outputs=str(outputs),
+        buckets=((5, 16, 16, 4, 2, 1.0), (1, 16, 24, 3, 2, 1.0)),
+        **{
+            "mixed_steps": 3,
+            "steps": 6,
+            "log_every": 2,
+            "ckpt_every": 3,
+            "dtype": "fp32",
+            **changes,
+        },
+    )
+
+
+def test_stages_follow_each_other():
+    assert [STAGES[stage_of(VAE, step)] for step in range(8)] == [
+        s for s in STAGES for _ in range(2)
+    ]
+    shapes = [tuple(draw_batch(VAE, step).shape[2:]) for step in (0, 2, 4, 6)]
+    assert shapes == [(1, 8, 8), (5, 8, 8), (5, 8, 8), (5, 16, 16)]
+
+
+def test_vae_training_leaves_a_normalised_loadable_model(trained_vae):
+    from opensora.models.vae import VideoAutoencoder
+
+    vae = VideoAutoencoder.from_pretrained(trained_vae, dtype=torch.float32)
+    assert all(value > 0 for value in vae.config.scale)
+    z = vae.encode(draw_batch(VAE, 6), sample=False)
+    assert z.shape == (1, 4, 2, 2, 2)
+    assert torch.isfinite(z).all()
+    lines = [
+        json.loads(line) for line in (trained_vae.parent / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+
+
+def test_vae_training_resumes_to_the_same_weights(trained_vae, tmp_path):
+    cut = dataclasses.replace(VAE, outputs=str(tmp_path))
+    stop = RuntimeError("stop")
+
+    def log(self, step, values):
+        if step == 5:
+            raise stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingRun, "log", log)
+        with pytest.raises(RuntimeError, match="stop"):
+            train_vae(cut)
+    resumed = train_vae(cut)
+    for name in ("model.safetensors", "config.json"):
+        assert (resumed / name).read_bytes() == (trained_vae / name).read_bytes()
+
+
+def test_transformer_training_makes_a_pipeline_that_generates(trained_vae, tmp_path):
+    pipeline = OpenSoraPipeline.from_pretrained(train(transformer_config(tmp_path, trained_vae)))
+    assert pipeline.defaults["trained_sizes"] == [[5, 16, 16], [1, 16, 24]]
+    frames = pipeline("a red circle moving right", seed=0).frames
+    assert frames.shape == (1, 5, 16, 16, 3)
+
+
+def test_transformer_training_resumes_to_the_same_weights(trained_vae, tmp_path):
+    whole = train(transformer_config(tmp_path / "whole", trained_vae))
+    cut = transformer_config(tmp_path / "cut", trained_vae)
+
+    def log(self, step, values):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingRun, "log", log)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    resumed = train(cut)
+    for part in ("transformer", "text_encoder"):
+        left = (whole / part / "model.safetensors").read_bytes()
+        assert left == (resumed / part / "model.safetensors").read_bytes()
+
+
+def test_loss_falls_on_four_clips(trained_vae, tmp_path):
+    config = transformer_config(
+        tmp_path, trained_vae, steps=60, mixed_steps=0, log_every=10, ckpt_every=60, lr=5e-3
+    )
+    train(config)
+    lines = [
+        json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert lines[-1] < 0.8 * lines[0]
+
+
+def test_a_damaged_state_is_named(trained_vae, tmp_path):
+    (tmp_path / "state.pt").write_bytes(b"not a state")
+    with pytest.raises(WeightsError, match="cannot resume from"):
+        train_vae(dataclasses.replace(VAE, outputs=str(tmp_path)))
+
+
+def test_a_state_of_another_model_is_named(trained_vae, tmp_path):
+    run = TrainingRun(tmp_path, {}, 1, 1)
+    other = {"vae": torch.nn.Linear(2, 2)}
+    run.save(1, other, torch.optim.SGD(other["vae"].parameters(), 0.1), EMA(other, 0.9))
+    with pytest.raises(WeightsError, match="cannot resume from"):
+        train_vae(dataclasses.replace(VAE, outputs=str(tmp_path)))
+
+
+def test_a_non_finite_loss_stops_the_run(tmp_path):
+    run = TrainingRun(tmp_path, {}, 10, 1)
+    with pytest.raises(NonFiniteError, match="loss is nan at step 3"):
+        run.log(3, {"loss": float("nan")})
+
+
+def test_outputs_that_cannot_be_written_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot write the output folder"):
+        TrainingRun(tmp_path / "file" / "run", {}, 1, 1)
+
+
+@pytest.mark.parametrize("buckets", [(), ((17, 64, 64),), ((17, 64, 64, 8, 0, 1.0),)])
+def test_bad_buckets_are_named(buckets):
+    with pytest.raises(UsageError, match="buckets"):
+        read_buckets(TrainConfig(buckets=buckets))
+
+
+def test_unknown_setting_is_a_usage_error(capsys):
+    assert train_main(["--stepps", "3"]) == 2
+    assert "steps" in capsys.readouterr().err
+
+
+def test_committed_configs_are_accepted():
+    vae = TrainVAEConfig(**load_config_file("configs/tiny/train/vae.py"))
+    transformer = TrainConfig(**load_config_file("configs/tiny/train/stdit.py"))
+    assert sum(vae.stages) > 1000
+    assert read_buckets(transformer)[0].name == "17x64x64"
+
+
+def test_learning_rate_warms_up_and_decays_to_zero():
+    factors = [learning_rate_factor(step, 100, 4, 0.5) for step in range(101)]
+    assert factors[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert factors[10] == 1.0
+    assert factors[75] == pytest.approx(0.5)
+    assert factors[100] == 0.0
+
+
+def test_ema_swap_gives_tied_weights_back():
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    second.weight = first.weight
+    ema = EMA({"m": torch.nn.Sequential(first, second)}, 0.5)
+    with torch.no_grad():
+        first.weight.add_(1.0)
+    start = first.weight.detach().clone()
+    ema.swap()
+    ema.swap()
+    assert torch.equal(first.weight, start)
+
+
+def test_ema_swap_is_its_own_inverse():
+    module = torch.nn.Linear(3, 3)
+    ema = EMA({"m": module}, 0.5)
+    start = module.weight.detach().clone()
+    with torch.no_grad():
+        module.weight.add_(1.0)
+    ema.update()
+    ema.swap()
+    assert torch.allclose(module.weight, start + (1 - 2 / 11))
+    ema.swap()
+    assert torch.allclose(module.weight, start + 1.0)
