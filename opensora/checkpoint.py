@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -289,7 +290,8 @@ def save_model(
         raise WeightsError(f"cannot write the model to {folder}: {error}") from error
     finally:
         for file in written.values():
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # what went wrong before is what the user must see
+                file.unlink(missing_ok=True)
 
 
 def _split(state: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, Tensor]]:

@@ -133,10 +133,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is None:
-        return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        return torch.matmul(scores.softmax(-1, dtype=torch.float32).to(v.dtype), v)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).masked_fill(~mask, 0)
-    return weights.to(v.dtype) @ v
+    return torch.matmul(weights.to(v.dtype), v)
 
 
 class Attention(nn.Module):

@@ -204,13 +204,15 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error).lower() and "weights only" not in str(error).lower():
-            _damaged(file, error)
+        refused = re.search(r"Unsupported (?:global|class|type)\W+(?:GLOBAL )?([\w.]+)", str(error))
+        if refused is None:
+            _damaged(file, ValueError("not a PyTorch file of tensors alone"))
         raise WeightsError(
-            f"{file} holds Python objects besides tensors, which can run code and are never "
-            "loaded; where you trust the file, convert its state dict to .safetensors first"
+            f"{file} holds Python objects besides tensors ({refused[1]}), which can run code and "
+            "are never loaded; where you trust the file, convert its state dict to .safetensors"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:
+        # Damaged bytes are instructions to the unpickler: nearly any type can come out of it.
         _damaged(file, error)
     return unwrap(content)
 
@@ -245,7 +247,7 @@ def download(repo: str, subfolder: str | None = None) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
 
     inside = f"{subfolder}/" if subfolder else ""
-    # The hub client calls a snapshot incomplete that lacks any file of the patterns it is asked for.
+    # The hub client calls a snapshot incomplete that lacks any file of the patterns asked for.
     small = [f"{inside}*.{kind}" for kind in ("json", "txt", "model")]
     safe = [*small, f"{inside}*.safetensors"]
     unsafe = [*small, *(f"{inside}*{kind}" for kind in PICKLES)]

@@ -22,7 +22,7 @@ _MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("VAE_Temporal", ("encoder.block_res_blocks.", "decoder.block_res_blocks.")),
     ("Open-Sora Plan LatteT2V", ("transformer_blocks.", "temporal_transformer_blocks.")),
     ("Open-Sora Plan SUV", ("transformer_blocks.", "skip_norm_linear.")),
-    ("Open-Sora Plan", ("transformer_blocks.", "caption_projection.", "pos_embed.proj.weight")),
+    ("Open-Sora Plan", ("transformer_blocks.", "caption_projection.")),
     ("Open-Sora Plan WF-VAE", ("encoder.down1.", "encoder.connect_l1.")),
     ("T5", ("encoder.block.0.layer.0.SelfAttention.q.weight",)),
 )
