@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from opensora.errors import UsageError
-from opensora.models.vae._fields import read_fields
+from opensora.models.config_fields import read_fields
 
 # Keys of published configurations that say how to run or train, not what the model is.
 _EXECUTION = (

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opensora.checkpoint import PretrainedMixin
 from opensora.errors import UsageError
-from opensora.models.vae._fields import read_fields
+from opensora.models.config_fields import read_fields
 from opensora.models.vae.blocks_2d import EPS, DownBlock2D, MidBlock2D, UpBlock2D
 from opensora.models.vae.posterior import Posterior
 

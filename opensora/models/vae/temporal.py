@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from opensora.checkpoint import PretrainedMixin
 from opensora.errors import UsageError
-from opensora.models.vae._fields import read_fields
+from opensora.models.config_fields import read_fields
 from opensora.models.vae.posterior import Posterior
 
 

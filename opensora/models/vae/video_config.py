@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from opensora.errors import UsageError, WeightsError
-from opensora.models.vae._fields import read_fields
+from opensora.models.config_fields import read_fields
 from opensora.models.vae.autoencoder_kl import DOWN_BLOCK, UP_BLOCK, AutoencoderKLConfig
 from opensora.models.vae.temporal import VAETemporalConfig
 
