@@ -27,8 +27,8 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
         [..., R, C], the dtype of `matrix`; singular values between about 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
+    tall: bool = matrix.shape[-2] > matrix.shape[-1]
+    x: Tensor = matrix.mT if tall else matrix
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(steps):
         gram = x @ x.mT
@@ -61,7 +61,8 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         adamw_names: tuple[str, ...] = (),
     ) -> None:
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in named_parameters:
             if not parameter.requires_grad:
                 continue

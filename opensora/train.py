@@ -120,10 +120,11 @@ def read_buckets(config: TrainConfig) -> list[Bucket]:
     for entry in config.buckets:
         if len(entry) != 6 or min(entry) <= 0:
             raise UsageError(
-                f"buckets: {entry} is not (num_frames, height, width, num_clips, batch_size, weight)"
+                f"buckets: {entry} is not "
+                "(num_frames, height, width, num_clips, batch_size, weight)"
             )
-        *sizes, weight = entry
-        buckets.append(Bucket(*(int(v) for v in sizes), weight=float(weight)))
+        frames, height, width, clips, batch = (int(value) for value in entry[:5])
+        buckets.append(Bucket(frames, height, width, clips, batch, float(entry[5])))
     if not buckets:
         raise UsageError("buckets: none given; add one such as (17, 64, 64, 16384, 64, 1.0)")
     return buckets
@@ -191,7 +192,7 @@ def train(config: TrainConfig) -> Path:
             )
         loss = losses["loss"].mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = clip_gradients((p for _, p in named), config.grad_clip)
         run.log(step, {"loss": loss.item(), "grad_norm": norm})
         optimizer.step()

@@ -5,9 +5,10 @@
 Four stages follow each other: single frames through the 2D part; 2D latents through the temporal
 part; both together on small windows around the moving shape, where all the detail is; both together
 on whole frames. Starting with the third leaves the loss at the variance of the data for hundreds of
-steps. The loss per value is |e| + e^2 plus `kl_loss_weight` times the mean KL; e is the error of the
-pixels, in the second stage that of the 2D latents over their spread. At the end the per-channel mean and spread of the latents are measured and
-stored as the model's `shift` and `scale`, so that latents come out with mean 0 and variance 1.
+steps. The loss per value is |e| + e^2 plus `kl_loss_weight` times the mean KL; e is the error of
+the pixels, in the second stage that of the 2D latents over their spread. At the end the per-channel
+mean and spread of the latents are measured and stored as the model's `shift` and `scale`, so that
+latents come out with mean 0 and variance 1.
 """
 
 from __future__ import annotations
@@ -119,9 +120,8 @@ def to_model(clips: Tensor) -> Tensor:
 @torch.no_grad()
 def start_certain(vae: VideoAutoencoder, logvar: float = -8.0) -> None:
     """Let both posteriors start narrow: at variance 1 the noise drowns the signal for good."""
-    for projection in (vae.spatial_vae.module.quant_conv, vae.temporal_vae.quant_conv.conv):
-        bias = projection.bias
-        assert bias is not None
+    for name in ("spatial_vae.module.quant_conv.bias", "temporal_vae.quant_conv.conv.bias"):
+        bias = vae.get_parameter(name)
         bias[bias.numel() // 2 :] = logvar
 
 
@@ -129,6 +129,7 @@ def errors(vae: VideoAutoencoder, x: Tensor, stage: int) -> tuple[Tensor, Tensor
     """Encode and decode a batch as far as its stage goes, sampling the posteriors.
 
     Args:
+        vae: The model.
         x: [B, 3, T, H, W] in [-1, 1], T at most the VAE's micro_frame_size.
         stage: Index into STAGES.
 
@@ -167,7 +168,7 @@ def measure_latents(
 
 @torch.no_grad()
 def measure_psnr(vae: VideoAutoencoder, config: TrainVAEConfig, num: int = 48) -> float:
-    """Compute the mean PSNR in dB of reconstructions of whole clips, one of each held-out kind too."""
+    """Compute the mean PSNR in dB of whole clips of every kind after encoding and decoding."""
     rng = random.Random(config.seed + 2)
     triples = combinations("all")
     total = 0.0
@@ -218,7 +219,7 @@ def train_vae(config: TrainVAEConfig) -> Path:
         squared = error.square().mean()
         loss = error.abs().mean() + squared + config.kl_loss_weight * kl
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = clip_gradients(vae.parameters(), config.grad_clip)
         run.log(step, {"loss": loss.item(), "mse": squared.item(), "kl": kl.item(), "norm": norm})
         optimizer.step()

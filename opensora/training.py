@@ -121,7 +121,8 @@ class TrainingRun:
         left = elapsed / (step + 1 - self._first) * (self.total - step - 1)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
         print(
-            f"step {step + 1}/{self.total}  {shown}  elapsed {_clock(elapsed)}  left {_clock(left)}",
+            f"step {step + 1}/{self.total}  {shown}  "
+            f"elapsed {_clock(elapsed)}  left {_clock(left)}",
             flush=True,
         )
         self._sums.clear()
@@ -172,8 +173,8 @@ class TrainingRun:
                 ema.state[key].copy_(value)
         except (RuntimeError, KeyError, ValueError, OSError, EOFError, UnpicklingError) as error:
             raise WeightsError(
-                f"cannot resume from {path}: {str(error).splitlines()[0]}; give another --outputs or "
-                "the configuration that the run was started with"
+                f"cannot resume from {path}: {str(error).splitlines()[0]}; give another "
+                "--outputs or the configuration that the run was started with"
             ) from error
         ema.updates = int(state["ema_updates"])
         torch.set_rng_state(state["torch_rng"])

@@ -1,4 +1,4 @@
-"""Check the training programs on models of a few thousand weights: they learn, resume and refuse."""
+"""Check the training programs on models of a few thousand weights: learn, resume, refuse."""
 
 from __future__ import annotations
 

@@ -187,8 +187,9 @@ def coverage(shape: str, offset_x: Tensor, offset_y: Tensor, radius: float) -> T
     """Compute how much of each pixel a shape covers, from the distance to its outline.
 
     Args:
-        offset_x, offset_y: Position of the pixel centres relative to the shape's, in pixels;
-            they broadcast together.
+        shape: Key of POLYGONS.
+        offset_x: Position of the pixel centres to the right of the shape's centre, in pixels.
+        offset_y: The same downwards; both broadcast together.
         radius: In pixels.
 
     Returns:
@@ -227,7 +228,9 @@ def render(
 
     Args:
         scene: What to draw.
-        frames, height, width: Size of the clip.
+        frames: Length of the clip.
+        height: Of the clip, pixels.
+        width: Of the clip, pixels.
         window: (top, left, height, width) of the part to draw; None draws all of it.
         only: Indices of the frames to draw; None draws all of them.
 
@@ -341,7 +344,8 @@ def caption(scene: Scene, rng: random.Random) -> tuple[str, tuple[str, ...]]:
         "motion", "size", "background" and "speed".
     """
     names = ["shape", "colour", "motion"]
-    subject = f"{rng.choice(_COLOUR_WORDS.get(scene.colour, (scene.colour,)))} {rng.choice(_SHAPE_WORDS[scene.shape])}"
+    colour = rng.choice(_COLOUR_WORDS.get(scene.colour, (scene.colour,)))
+    subject = f"{colour} {rng.choice(_SHAPE_WORDS[scene.shape])}"
     if rng.random() < 0.4:
         names.append("size")
         subject = f"{rng.choice(_SIZE_WORDS[scene.size])} {subject}"

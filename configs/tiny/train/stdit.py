@@ -31,9 +31,15 @@ defaults = dict(num_frames=17, height=64, width=64, fps=8)
 
 # (num_frames, height, width, num_clips, batch_size, weight)
 buckets = (
-    (17, 64, 64, 16384, 64, 1.0),
+    (17, 64, 64, 14336, 64, 0.7),
+    (17, 48, 80, 1024, 64, 0.07),
+    (17, 80, 48, 1024, 64, 0.07),
+    (17, 96, 96, 512, 28, 0.04),
+    (34, 64, 64, 768, 32, 0.06),
+    (1, 64, 64, 1024, 192, 0.06),
 )
-steps = 4500
+mixed_steps = 2000
+steps = 5000
 lr = 2e-3
 adamw_lr = 2e-3
 warmup_steps = 100
