@@ -6,7 +6,6 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from opensora import checkpoint
+from opensora import checkpoint, weight_saving
 from opensora.checkpoint import load_model, read_config, save_model, weights_digest
 from opensora.errors import DoesNotFitError, UsageError, WeightsError
 from opensora.models.families import identify_family
@@ -338,7 +337,7 @@ def test_pipeline_folder_asks_for_the_part(folder: Path) -> None:
 
 
 @pytest.fixture
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let no request leave, and list those that were tried."""
     tried: list[str] = []
 
@@ -441,7 +440,7 @@ def test_failed_save_leaves_the_earlier_model(
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    monkeypatch.setattr(weight_saving, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_model(model, folder)
 
@@ -449,7 +448,7 @@ def test_failed_save_leaves_the_earlier_model(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(weight_saving, "save_file", full)
     with pytest.raises(WeightsError, match=r"cannot write the model to .*No space left"):
         save_model(model, folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -459,7 +458,7 @@ def test_full_disk_is_seen_before_writing(
     model: STDiT3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(weight_saving.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DoesNotFitError, match="are free"):
         save_model(model, tmp_path)
     assert list(tmp_path.iterdir()) == []

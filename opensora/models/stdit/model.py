@@ -206,13 +206,14 @@ class STDiT3(PretrainedMixin, nn.Module):
         if mask is None:
             return y, None
         visible = torch.as_tensor(mask, device=y.device) != 0
-        if visible.ndim != 2 or visible.shape[1] != y.shape[1] or batch % visible.shape[0]:
+        rows = visible.shape[0] if visible.ndim == 2 else 0
+        if rows == 0 or visible.shape[1] != y.shape[1] or batch % rows:
             raise UsageError(
                 f"STDiT3: expected a text mask [{batch}, {y.shape[1]}] (or fewer rows, to be "
                 f"tiled), got {list(visible.shape)}"
             )
-        if visible.shape[0] != batch:
-            visible = visible.repeat(batch // visible.shape[0], 1)
+        if rows != batch:
+            visible = visible.repeat(batch // rows, 1)
         if y.device.type == "cpu" and not torch.is_grad_enabled():
             # Prompts are short, captions padded; on a GPU finding the longest would stall it.
             longest = int(visible.any(0).nonzero().max()) + 1 if bool(visible.any()) else 1
