@@ -22,19 +22,19 @@ using torch::stable::Tensor;
 }  // namespace opensora
 
 // Python checks what users pass; these guard the kernel against any other caller of the op.
-#define CHECK_KERNEL_DTYPE(t)                                    \
-  STD_TORCH_CHECK((t).scalar_type() == ScalarType::Float ||      \
-                      (t).scalar_type() == ScalarType::BFloat16, \
-                  #t, " must be float32 or bfloat16")
-#define CHECK_ROWS(t)                                                                \
+#define CHECK_KERNEL_DTYPE(t)                                                                  \
+  STD_TORCH_CHECK(                                                                             \
+      (t).scalar_type() == ScalarType::Float || (t).scalar_type() == ScalarType::BFloat16, #t, \
+      " must be float32 or bfloat16")
+#define CHECK_ROWS(t)                                                                 \
   STD_TORCH_CHECK((t).is_contiguous() && (t).dim() >= 2, #t, " must be contiguous, ", \
                   "at least [B, C]")
-#define CHECK_LIKE(t, other)                                                           \
+#define CHECK_LIKE(t, other)                                                            \
   STD_TORCH_CHECK((t).numel() == (other).numel() && (t).size(-1) == (other).size(-1) && \
-                      (t).scalar_type() == (other).scalar_type(),                      \
+                      (t).scalar_type() == (other).scalar_type(),                       \
                   #t, " must have the shape and dtype of ", #other)
-#define CHECK_PER_SAMPLE(t, x)                                                             \
-  STD_TORCH_CHECK((t).dim() == 2 && (t).size(0) == (x).size(0) &&                          \
-                      (t).size(1) == (x).size(-1) && (t).scalar_type() == (x).scalar_type() && \
-                      ((t).stride(1) == 1 || (t).size(1) == 1),                            \
+#define CHECK_PER_SAMPLE(t, x)                                                                   \
+  STD_TORCH_CHECK((t).dim() == 2 && (t).size(0) == (x).size(0) && (t).size(1) == (x).size(-1) && \
+                      (t).scalar_type() == (x).scalar_type() &&                                  \
+                      ((t).stride(1) == 1 || (t).size(1) == 1),                                  \
                   #t, " must be [B, C] of x's dtype with dense rows")

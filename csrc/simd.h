@@ -153,9 +153,8 @@ inline __attribute__((always_inline)) float sum_columns(int64_t C, Term term) {
   namespace avx512 {            \
   void name(__VA_ARGS__);       \
   }
-#define SIMD_CALL(name)                          \
-  (simd() == Simd::avx512 ? avx512::name         \
-                          : simd() == Simd::avx2 ? avx2::name : plain::name)
+#define SIMD_CALL(name) \
+  (simd() == Simd::avx512 ? avx512::name : simd() == Simd::avx2 ? avx2::name : plain::name)
 #else
 #define SIMD_DECLARE(name, ...)
 #define SIMD_CALL(name) (plain::name)

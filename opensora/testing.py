@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -229,3 +231,35 @@ def compile_triton(
 
 def _output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def interleave(
+    functions: dict[str, Callable[[], object]], *, rounds: int = 7
+) -> dict[str, list[float]]:
+    """Time functions in turns, so that they share whatever else the machine does.
+
+    Returns:
+        Seconds of every round by name; element i of each list belongs to round i.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            _synchronize()
+            start = time.perf_counter()
+            function()
+            _synchronize()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def median_ratios(times: dict[str, list[float]], to: str) -> dict[str, float]:
+    """Return how many times as long as `to` each function took: the median of ratios per round."""
+    return {
+        name: statistics.median(a / b for a, b in zip(seconds, times[to], strict=True))
+        for name, seconds in times.items()
+    }
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

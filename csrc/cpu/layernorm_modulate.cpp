@@ -32,7 +32,7 @@ struct LayernormModulate {
 };
 
 // Rows that add into one partial sum. Fixed, so that gradients do not depend on the threads;
-// 64 keeps the partial sums below 2 % of the bytes moved for bfloat16, 1.1 % for float.
+// with 64 the partial sums are 2 % of the bytes moved for bfloat16, 1 % for float.
 constexpr int64_t CHUNK = 64;
 
 // Columns that one task adds up, a multiple of every WIDTH: 18 tasks for a sample of 1152 channels.
@@ -47,12 +47,13 @@ struct Statistics {
 
 template <class T>
 Statistics statistics(const T* x, int64_t C, float eps) {
-  const float mean = sum_columns(C, [=](int64_t i, int64_t n) { return load(x + i, n); }) / C;
-  const float variance = sum_columns(C, [=](int64_t i, int64_t n) {
-                           const Vec centred = only<T>(load(x + i, n) - mean, n);
-                           return centred * centred;
-                         }) / C;
-  return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
+  const float total = sum_columns(C, [=](int64_t i, int64_t n) { return load(x + i, n); });
+  const float mean = total / C;
+  const float squares = sum_columns(C, [=](int64_t i, int64_t n) {
+    const Vec centred = only<T>(load(x + i, n) - mean, n);
+    return centred * centred;
+  });
+  return {mean, 1.0f / __builtin_sqrtf(squares / C + eps)};
 }
 
 const Modulation& modulation(const LayernormModulate& a, int64_t frame) {

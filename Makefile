@@ -1,0 +1,72 @@
+# make demo    generate a clip with the embedded model
+# make test    run the tests
+# make help    list the rest
+#
+# The first run installs into .venv; later runs start at once. PYTHON=python3.12 picks another
+# interpreter (3.11 or newer).
+
+PYTHON ?= python3
+PROMPT ?= a red circle moving right
+ARGS ?=
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+BUILD_INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
+
+# A prompt may hold quotes, $ or ; so it travels unexpanded, in the environment, and no shell or
+# make ever reads it as text of its own.
+export DEMO_PROMPT := $(value PROMPT)
+unexport PROMPT
+
+.PHONY: demo test lint bench clean help
+
+demo: .venv/.demo
+	@$(PY) -m opensora generate --prompt="$$DEMO_PROMPT" $(ARGS)
+
+test: .venv/.test
+	@$(PY) -m pytest $(ARGS)
+
+lint: .venv/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+bench: .venv/.test
+	@$(PY) -m pytest bench/ops -s --benchmark-columns=median,rounds --benchmark-max-time=0.2 $(ARGS)
+
+clean:
+	rm -rf .venv build dist samples opensora.egg-info opensora/_C.abi3.so
+
+help:
+	@echo 'make demo [PROMPT="a blue star falling"] [ARGS="--seed 1"]   clip under samples/'
+	@echo 'make test [ARGS="-k rope"]     tests'
+	@echo 'make lint                      ruff, mypy, clang-format'
+	@echo 'make bench [ARGS="-k layer"]   kernels against their references'
+	@echo 'make clean                     remove .venv and everything built'
+	@echo 'PYTHON=python3.12              another interpreter; OPENSORA_BUILD: see setup.py'
+
+# torch first: the kernels are built against its headers, so the build must not fetch another.
+.venv/.base: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'opensora needs Python 3.11 or newer: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@echo 'Installing into .venv (once; some minutes, most of it downloading torch)'
+	@$(PYTHON) -m venv .venv || \
+	  { echo 'no venv module: install it (Debian: apt-get install python3-venv)' >&2; exit 1; }
+	@$(PIP) torch numpy 'setuptools>=77' cmake ninja
+	@touch $@
+
+.venv/.demo: .venv/.base $(BUILD_INPUTS)
+	@echo 'Building and installing opensora'
+	@$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+.venv/.test: .venv/.base $(BUILD_INPUTS)
+	@echo 'Building and installing opensora and what its tests need'
+	@$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@ .venv/.demo
+
+.venv/.dev: .venv/.base $(BUILD_INPUTS)
+	@echo 'Building and installing opensora and what its tests and checks need'
+	@$(PIP) --no-build-isolation --editable '.[test,dev]'
+	@touch $@ .venv/.test .venv/.demo

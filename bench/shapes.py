@@ -1,0 +1,14 @@
+"""Name the shapes that benches of ops share: what the models really run.
+
+STDiT3-XL/2 has C = 1152 and patches of 1x2x2 over latents of 1/8 size; 51 frames (2 s) are 15
+latent frames. Guidance doubles the batch.
+Axes: B batch, T frames, S patches per frame, C channels.
+"""
+
+from __future__ import annotations
+
+TOKENS = {
+    "tiny": (2, 5, 16, 128),  # the embedded model, 17 frames of 64x64
+    "144p-2s": (2, 15, 144, 1152),  # 144x256
+    "480p-2s": (2, 15, 1590, 1152),  # 480x848, 47,700 tokens
+}
