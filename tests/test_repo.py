@@ -1,0 +1,237 @@
+"""Test the repository itself: one stem per op, what a wheel holds, what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = [
+    path
+    for folder in ("opensora", "kernels", "scripts", "configs")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if (ROOT / "opensora/kernels") not in path.parents  # the symlink to kernels/
+]
+OPS = {path.stem for path in (ROOT / "opensora/ops").glob("[!_]*.py")}
+
+
+def run_python(code: str, *args: str) -> str:
+    """Run code in a fresh process outside the repository and return what it prints."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OPENSORA_")}
+    run = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        cwd=tempfile.gettempdir(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize(
+    ("folder", "pattern"),
+    [
+        ("tests/ops", "test_(.+).py"),
+        ("bench/ops", "bench_(.+).py"),
+        ("kernels", "([^_].*).py"),
+        ("csrc/cpu", "(.+).cpp"),
+        ("csrc/cuda", "(.+).cu"),
+    ],
+)
+def test_every_file_of_an_op_has_its_stem(folder: str, pattern: str) -> None:
+    files = [path.name for path in (ROOT / folder).glob("*") if path.is_file()]
+    stems = {match[1] for name in files if (match := re.fullmatch(pattern, name))}
+    assert stems <= OPS, f"{folder}: {stems - OPS} is no op of opensora/ops"
+    if folder.endswith("/ops"):
+        assert stems == OPS, f"{folder}: nothing for {OPS - stems}"
+
+
+def test_functional_exports_every_op() -> None:
+    from opensora import functional
+
+    assert set(functional.__all__) == OPS
+    assert all(callable(getattr(functional, name)) for name in OPS)
+
+
+def test_an_op_names_kernels_that_exist() -> None:
+    for stem in OPS:
+        source = (ROOT / f"opensora/ops/{stem}.py").read_text("utf-8")
+        for target in re.findall(r'cuda="opensora\.kernels\.(\w+):\w+"', source):
+            assert target == stem
+            assert (ROOT / f"kernels/{stem}.py").is_file()
+        cpu = ROOT / f"csrc/cpu/{stem}.cpp"
+        registered = re.findall(r'm\.impl\("(\w+)"', cpu.read_text()) if cpu.is_file() else []
+        assert set(registered) <= set(re.findall(r'"(\w+)\(Tensor', source))
+
+
+@pytest.fixture(scope="session")
+def distribution(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]]:
+    """Build an sdist and, from it, a wheel without compiled kernels; return both lists of files."""
+    out = tmp_path_factory.mktemp("dist")
+    build = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
+
+    def run(hook: str, folder: Path) -> Path:
+        done = subprocess.run(
+            [sys.executable, "-c", build, hook, str(out)],
+            cwd=folder,
+            env=os.environ | {"OPENSORA_BUILD": "off"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return out / done.stdout.splitlines()[-1]
+
+    source = out / "checkout"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        copy = source / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            copy.symlink_to(os.readlink(ROOT / name))
+        elif (ROOT / name).is_file():
+            shutil.copyfile(ROOT / name, copy)
+    with tarfile.open(run("build_sdist", source)) as archive:
+        sources = archive.getnames()
+        archive.extractall(out / "unpacked", filter="data")
+    (unpacked,) = (out / "unpacked").iterdir()
+    with zipfile.ZipFile(run("build_wheel", unpacked)) as wheel:
+        return sources, wheel.namelist()
+
+
+def test_the_sdist_can_build_the_kernels(distribution: tuple[list[str], list[str]]) -> None:
+    inside = {name.partition("/")[2] for name in distribution[0]}
+    assert {"CMakeLists.txt", "LICENSE", "README.md", "constraints.txt"} <= inside
+    expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    assert expected <= inside
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(
+    distribution: tuple[list[str], list[str]],
+) -> None:
+    _, files = distribution
+    top = {name.partition("/")[0] for name in files}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"opensora"}
+    folders = {"opensora": ROOT / "opensora", "opensora/kernels": ROOT / "kernels"}
+    for prefix, folder in folders.items():
+        for path in folder.rglob("*"):
+            name = f"{prefix}/{path.relative_to(folder).as_posix()}"
+            if path.suffix in (".py", ".safetensors", ".json") or path.name == "py.typed":
+                assert name in files
+    assert not [name for name in files if name.endswith((".so", ".pyc"))]
+
+
+def test_import_is_light() -> None:
+    loaded = run_python("""
+import sys, time, torch
+start = time.perf_counter()
+import opensora
+seconds = time.perf_counter() - start
+import opensora.functional
+assert not torch.cuda.is_initialized()
+print(seconds, *sorted(name for name in sys.modules if "." not in name))
+""").split()
+    assert float(loaded[0]) < 1
+    assert not {"triton", "transformers", "torchvision", "diffusers", "av"} & set(loaded[1:])
+
+
+def test_works_where_torchvision_cannot_be_imported() -> None:
+    modules = sorted(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / "opensora").rglob("*.py")
+        if "kernels" not in path.parts and path.name != "__main__.py"
+    )
+    run_python(
+        """
+import importlib, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        # transformers and diffusers ask whether it exists; a missing module is a fine answer.
+        if name.partition(".")[0] == "torchvision":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Refuse())
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+assert "torchvision" not in sys.modules
+""",
+        *modules,
+    )
+
+
+def test_kernels_are_imported_under_their_own_name_alone() -> None:
+    run_python("""
+import sys
+sys.path.insert(0, sys.path[0] or ".")
+import opensora.kernels
+try:
+    import kernels
+except ImportError as error:
+    assert "opensora.kernels" in str(error)
+else:
+    raise AssertionError("`import kernels` found this repository's folder")
+""")
+
+
+def calls(path: Path) -> list[tuple[str, ast.Call]]:
+    """Return the calls of a module with the dotted names of what they call."""
+    tree = ast.parse(path.read_text("utf-8"))
+    return [(ast.unparse(n.func), n) for n in ast.walk(tree) if isinstance(n, ast.Call)]
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_loads_no_code_and_runs_no_shell(path: Path) -> None:
+    for name, call in calls(path):
+        keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
+        assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen")
+        assert not name.startswith("pickle.")
+        assert keywords.get("shell", "False") == "False"
+        assert keywords.get("trust_remote_code", "False") == "False"
+        if name == "torch.load":
+            assert keywords.get("weights_only") == "True"
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert "torchvision" not in {name.partition(".")[0] for name in names}
+
+
+def test_csrc_includes_the_stable_abi_alone() -> None:
+    files = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert files
+    for path in files:
+        for include in re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text()):
+            assert not include.startswith(("ATen/", "c10/", "torch/extension", "torch/all", "pyb"))
+            if include.startswith("torch/"):
+                assert path.name == "common.h"
+                assert include.startswith(("torch/csrc/stable/", "torch/headeronly/"))
+
+
+def test_readme_tree_is_the_real_one() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    entries = {name.partition("/")[0] + ("/" if "/" in name else "") for name in listed}
+    blocks = re.findall(r"^```\w*\n(.*?)^```", readme, re.S | re.M)
+    assert blocks, "the README has no fenced block that shows the tree"
+    tree = max(blocks, key=lambda block: sum(entry in block for entry in entries))
+    named = set(re.findall(r"(?<!\S)[.\w][\w.-]*/?", tree))
+    assert entries <= named, f"the README's tree lacks {sorted(entries - named)}"
+    first = set(re.findall(r"^[.\w][\w.-]*/?", tree, re.M))
+    assert first <= entries, f"the README's tree names {sorted(first - entries)}, not in the tree"
