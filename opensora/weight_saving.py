@@ -69,6 +69,8 @@ def save_model(
         for name, data in texts.items():
             written[name].write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         for file in written.values():
+            # safetensors writes for the owner alone; the umask decides, as for config.json.
+            shutil.copymode(written["config.json"], file)
             _sync(file)
         for name in final:
             os.replace(written[name], folder / name)

@@ -59,6 +59,8 @@ def without_config(folder: Path) -> Path:
 
 
 def test_saved_model_loads_as_it_was(model: STDiT3, folder: Path) -> None:
+    modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
     loaded = STDiT3.from_pretrained(folder)
     assert loaded.config == TINY
