@@ -176,6 +176,7 @@ def train(config: TrainConfig) -> Path:
             pipeline.save_pretrained(folder, dtype=torch.bfloat16)
 
     print(f"training {sum(p.numel() for _, p in named):,} parameters from step {first}", flush=True)
+    run.start()
     for step in range(first, config.steps):
         factor = learning_rate_factor(step, config.steps, config.warmup_steps, config.decay)
         for group in optimizer.param_groups:

@@ -209,6 +209,7 @@ def train_vae(config: TrainVAEConfig) -> Path:
         f"training {sum(p.numel() for p in vae.parameters()):,} parameters from step {first}",
         flush=True,
     )
+    run.start()
     for step in range(first, steps):
         factor = learning_rate_factor(step, steps, config.warmup_steps, config.decay)
         for group in optimizer.param_groups:

@@ -90,7 +90,8 @@ class TrainingRun:
     def __init__(self, folder: Path, config: dict[str, Any], total: int, log_every: int) -> None:
         self.folder, self.total, self.log_every = folder, total, log_every
         self._sums: defaultdict[str, float] = defaultdict(float)
-        self._count, self._started, self._first = 0, time.monotonic(), 0
+        self._count, self._first = 0, 0
+        self._started: float | None = None  # set before the first step: data may take minutes
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n")
@@ -98,6 +99,10 @@ class TrainingRun:
             raise UsageError(
                 f"cannot write the output folder {folder}: {error.strerror}"
             ) from error
+
+    def start(self) -> None:
+        """Start the clock that the time left is reckoned from."""
+        self._started = time.monotonic()
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Average `values` over `log_every` steps, then print and record them with the time left.
@@ -117,7 +122,7 @@ class TrainingRun:
             return
         means = {name: total / self._count for name, total in self._sums.items()}
         self.record(step + 1, means)
-        elapsed = time.monotonic() - self._started
+        elapsed = self._elapsed()
         left = elapsed / (step + 1 - self._first) * (self.total - step - 1)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
         print(
@@ -130,9 +135,12 @@ class TrainingRun:
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Append one object to metrics.jsonl."""
-        line = {"step": step, "seconds": round(time.monotonic() - self._started, 1), **values}
+        line = {"step": step, "seconds": round(self._elapsed(), 1), **values}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def _elapsed(self) -> float:
+        return 0.0 if self._started is None else time.monotonic() - self._started
 
     def save(
         self, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, ema: EMA
