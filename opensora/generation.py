@@ -61,12 +61,14 @@ def clip_seeds(
         if noise == "upstream":
             return None
         seed = int(torch.randint(0, 2**31, (1,)))
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != count:
-        raise UsageError(f"expected one seed or {count}, one per clip, got {len(seeds)}")
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed]
+    if len(seeds) == 1 and isinstance(seed, int):
+        seeds = [seed + i for i in range(count)]
     for value in seeds:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             raise UsageError(f"a seed must be a whole number from 0 to 2^63 - 1, got {value!r}")
+    if len(seeds) != count:
+        raise UsageError(f"expected one seed or {count}, one per clip, got {len(seeds)}")
     return seeds
 
 

@@ -313,7 +313,7 @@ class OpenSoraPipeline:
         self._check_fits(request, min(batch_size, len(texts)))
         note = training_note(request, self.defaults.get("trained_sizes", ()))
         if note:
-            warnings.warn(note, stacklevel=2)
+            warnings.warn(note, stacklevel=3)  # past torch.no_grad, at the caller
         seeds = clip_seeds(seed, generator, len(texts), noise)
         after_step = None if callback_on_step_end is None else self._after(callback_on_step_end)
         latent_size = self.vae.get_latent_size(request.size)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from opensora.errors import DoesNotFitError, OpenSoraError
@@ -26,8 +28,12 @@ def run_program(main: Callable[[], int]) -> int:
     Failures are one line on stderr that begins with "error: ". OPENSORA_TRACEBACK=1 adds the
     traceback.
     """
+    with _unwinding_when_terminated():
+        return _status(main)
+
+
+def _status(main: Callable[[], int]) -> int:
     try:
-        _unwind_when_terminated()
         status = main()
         sys.stdout.flush()
         return status
@@ -76,13 +82,18 @@ def _say(message: str, error: BaseException | None) -> None:
     print(" ".join(message.split()), file=sys.stderr)
 
 
-def _unwind_when_terminated() -> None:
+@contextmanager
+def _unwinding_when_terminated() -> Iterator[None]:
     """Turn SIGTERM into an exception, so that temporary files are removed."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(TERMINATED)
 
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the business of whoever runs us in a thread
+        return
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        signal.signal(signal.SIGTERM, stop)
-    except ValueError:
-        return  # not the main thread: whoever runs us there decides about signals
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -18,7 +18,7 @@ import torch
 from opensora.errors import DoesNotFitError, UsageError
 from opensora.schedulers.noise import NOISE_MODES
 
-MAX_SIDE, MAX_FRAMES = 16_384, 1_000_000
+MAX_SIDE, MAX_FRAMES, MAX_GUIDANCE = 16_384, 1_000_000, 1000
 
 #: Frame rate that the model is told for a single image, as in training.
 IMAGE_FPS = 120.0
@@ -89,6 +89,11 @@ def validate_request(
         values[name] = _number(name, values[name])
     if values["fps"] <= 0 or values["fps"] > 1000:
         raise UsageError(f"fps must be greater than 0 and at most 1000, got {values['fps']:g}")
+    if abs(values["guidance_scale"]) > MAX_GUIDANCE:
+        raise UsageError(
+            f"guidance_scale must be at most {MAX_GUIDANCE}, got {values['guidance_scale']:g}; "
+            "3 to 10 is usual"
+        )
     if values["noise"] not in NOISE_MODES:
         raise UsageError(f"noise {values['noise']!r} is not one of {', '.join(NOISE_MODES)}")
     request = Request(**values)
@@ -139,9 +144,10 @@ def training_note(request: Request, trained_sizes: Iterable[Any]) -> str | None:
     if not trained or request.size in trained:
         return None
     listed = ", ".join(f"{t} frames of {w}x{h}" for t, h, w in trained[:8])
+    frames = "1 frame" if request.num_frames == 1 else f"{request.num_frames} frames"
     return (
-        f"{request.num_frames} frames of {request.width}x{request.height} is not a size that the "
-        f"model was trained for; expect a worse clip. Trained: {listed}"
+        f"{frames} of {request.width}x{request.height} is not a size that the model was trained "
+        f"for; expect a worse clip. Trained: {listed}"
         + (", ..." if len(trained) > 8 else "")
     )
 

@@ -81,7 +81,7 @@ class SampleConfig:
         1024, "seed of the first sample; the next has seed + 1",
         group=SAMPLING, minimum=0, maximum=MAX_SEED,
     )  # fmt: skip
-    num_sample: int = setting(1, "clips per prompt", group=SAMPLING, minimum=1)
+    num_sample: int = setting(1, "clips per prompt", group=SAMPLING, minimum=1, maximum=1_000_000)
     batch_size: int = setting(1, "prompts sampled together", group=SAMPLING, minimum=1)
     num_sampling_steps: int | None = setting(
         None, "steps from noise to clip", group=SAMPLING, minimum=1, maximum=100_000

@@ -95,17 +95,22 @@ def make_plan(config: SampleConfig, sources: Sources) -> Plan:
         ckpt_path=config.ckpt_path,
     )
     config, request = _request(config, sources, parts, frames, size)
+    factor = parts.vae_factor
+    if request.height % factor or request.width % factor:
+        made = f"{request.width // factor * factor}x{request.height // factor * factor}"
+        notes.append(f"the VAE works in steps of {factor} pixels: files will be {made}")
     note = training_note(request, parts.defaults.get("trained_sizes", ()))
     notes += [note] if note else []
     save_fps = config.save_fps if config.save_fps is not None else _save_fps(request.fps, config)
     frame_rate(save_fps)
+    count = len(prompts) * config.num_sample
+    together = min(config.batch_size, count)
+    check_memory(parts.estimate_memory(request, together, dtype), device)
+    check_folder(Path(config.save_dir), count * estimate_bytes(*request.size))
     batches = _batches(config, list(zip(prompts, texts, strict=True)), request)
-    count = sum(len(batch) for batch in batches)
     for clip in (clip for batch in batches for clip in batch):
         if clip.path.is_dir():
             raise UsageError(f"cannot write {clip.path}: it is a folder; use --sample-name")
-    check_folder(Path(config.save_dir), count * estimate_bytes(*request.size))
-    check_memory(parts.estimate_memory(request, len(batches[0]), dtype), device)
     return Plan(config, sources, parts, request, batches, save_fps, device, dtype, notes)
 
 

@@ -204,7 +204,9 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except pickle.UnpicklingError as error:
-        refused = re.search(r"Unsupported (?:global|class|type)\W+(?:GLOBAL )?([\w.]+)", str(error))
+        refused = re.search(
+            r"unsupported (?:global|class|type)\W+(?:global )?([\w.]+)", str(error), re.IGNORECASE
+        )
         if refused is None:
             _damaged(file, ValueError("not a PyTorch file of tensors alone"))
         raise WeightsError(
