@@ -38,8 +38,8 @@ buckets = (
     (34, 64, 64, 768, 32, 0.06),
     (1, 64, 64, 1024, 192, 0.06),
 )
-mixed_steps = 2000
-steps = 5000
+mixed_steps = 1700
+steps = 4400
 lr = 2e-3
 adamw_lr = 2e-3
 warmup_steps = 100
