@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from opensora.errors import UsageError
-from opensora.replay_toy import toy_model
+from opensora.replay.toy_model import toy_model
 from opensora.schedulers import RFlow
 from opensora.schedulers.noise import initial_noise, step_noise
 from opensora.schedulers.timesteps import timestep_transform
