@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from opensora.errors import UsageError
 
 Mode = Literal["auto", "reference", "require"]
 
@@ -33,7 +34,8 @@ def _mode_of_environment() -> Mode:
     for mode in get_args(Mode):
         if asked == mode:
             return mode  # type: ignore[no-any-return]
-    raise ValueError(f"OPENSORA_KERNELS must be one of {get_args(Mode)}, got {asked!r}")
+    names = ", ".join(get_args(Mode))
+    raise UsageError(f"OPENSORA_KERNELS={asked!r} is unknown: unset it, or choose one of {names}")
 
 
 # Process-wide: "auto" takes a kernel where one serves, "reference" never takes one, "require"
@@ -69,7 +71,12 @@ class Op:
         if self.launcher is not None:
             _LIBRARY.impl(self.name, self.launcher, "CUDA")
         self._call = getattr(torch.ops.opensora, self.name).default
-        self._kernels: dict[str, str | None] = {}
+        # Found now, not on the first call: that one may be traced, and Dynamo cannot look it up.
+        self._kernels: dict[str, str] = {}
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"opensora::{self.name}", "CPU"):
+            self._kernels["cpu"] = "C++"
+        if cuda is not None and find_spec("triton") is not None:
+            self._kernels["cuda"] = "Triton"
         registry.append(self)
 
     def __call__(self, *args: Any) -> Any:
@@ -78,18 +85,7 @@ class Op:
 
     def kernel(self, device_type: str) -> str | None:
         """Return the language of the kernel that serves a device type; None if there is none."""
-        if device_type not in self._kernels:
-            self._kernels[device_type] = self._find_kernel(device_type)
-        return self._kernels[device_type]
-
-    def _find_kernel(self, device_type: str) -> str | None:
-        if device_type == "cuda" and self.launcher is not None:
-            return "Triton" if _has_triton() else None
-        key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-        if key is None:
-            return None
-        qualified = f"opensora::{self.name}"
-        return "C++" if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key) else None
+        return self._kernels.get(device_type)
 
     def serves(self, x: Tensor) -> bool:
         """Tell whether a call on `x` goes to a kernel (True) or to the reference (False).
@@ -132,12 +128,6 @@ def _imported_on_first_call(target: str) -> Callable[..., Any]:
         return getattr(import_module(module), function)(*args)
 
     return call
-
-
-@cache
-def _has_triton() -> bool:
-    """Tell whether Triton is installed, without importing it."""
-    return find_spec("triton") is not None
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -311,6 +311,19 @@ def test_rejects_bad_shapes(change: dict[str, Tensor | None], message: str) -> N
         layernorm_modulate(**(good | change))
 
 
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(2, 6, 8).half(), torch.zeros(2, 8, 6).mT, torch.zeros(3, 6, 8), torch.zeros(8)],
+    ids=["dtype", "layout", "batch", "dimensions"],
+)
+def test_the_bare_op_refuses_what_its_kernel_cannot_read(x: Tensor) -> None:
+    row = torch.zeros(2, 8, dtype=x.dtype)
+    with pytest.raises(RuntimeError):
+        op._forward(x, row, row, None, None, None, 1e-6)
+    with pytest.raises(RuntimeError):
+        op._backward(x, x, row, None, None, 1e-6)
+
+
 @each_implementation
 def test_int64_offsets(implementation: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments((1, 2, 3, 96), torch.float32, True, implementation.device)
