@@ -147,8 +147,7 @@ def training_note(request: Request, trained_sizes: Iterable[Any]) -> str | None:
     frames = "1 frame" if request.num_frames == 1 else f"{request.num_frames} frames"
     return (
         f"{frames} of {request.width}x{request.height} is not a size that the model was trained "
-        f"for; expect a worse clip. Trained: {listed}"
-        + (", ..." if len(trained) > 8 else "")
+        f"for; expect a worse clip. Trained: {listed}" + (", ..." if len(trained) > 8 else "")
     )
 
 

@@ -1,6 +1,6 @@
 """Sample the small model that ships inside the package: no download, a second or two on a CPU.
 
-    opensora generate configs/tiny/inference/sample.py --prompt "a red circle moving right"
+opensora generate configs/tiny/inference/sample.py --prompt "a red circle moving right"
 """
 
 num_frames = 17
