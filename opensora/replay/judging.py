@@ -4,13 +4,15 @@ float32:  max |ours - recorded| / max |recorded|, at most TOLERANCE[...] of the 
 float64:  the same, at most 1e-9 where nothing inside is float32 by definition
 low precision (bfloat16, float16), with the truth = the same case in float32 on the rounded weights
 and inputs:  max |ours - truth| <= 2 max |recorded - truth| + one rounding step of max |truth|,
-both printed relative to max |truth|
+both printed relative to max |truth|; and the recording itself must be credible:
+max |recorded - truth| <= 4 (max |ours - truth| + one rounding step)
 integers, bools, tables:  equal
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterable
 
@@ -27,6 +29,9 @@ VANISHING = 1e-2
 #: A tensor of fewer values than this may be nearly exact by chance in low precision; its own error
 #: then counts as at least the median of its case's tensors.
 FEW = 256
+#: How many times less exact than ours a low-precision recording can be and still be believed.
+#: Without this limit a wrong one would only widen its own tolerance.
+CREDIBLE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +79,11 @@ class Difference:
 
     @property
     def badness(self) -> float:
-        """Order differences: the error in units of its tolerance."""
+        """Order differences: the error in units of its tolerance; infinite if it has none."""
         if self.tolerance == 0:
-            return 0.0 if self.error == 0 else float("inf")
-        return self.error / self.tolerance if self.error == self.error else float("inf")
+            return math.inf if self.error else 0.0
+        ratio = self.error / self.tolerance
+        return math.inf if math.isnan(ratio) else ratio
 
 
 def worst(differences: Iterable[Difference]) -> Difference:
@@ -122,6 +128,8 @@ def measure(
     truth = truth.detach().double()
     size = max(_magnitude(truth), scale) or 1.0
     own, error = (_largest(_subtract(t, truth)) / size for t in (recorded, ours))
+    if not own <= CREDIBLE * (error + step):  # a NaN is not credible either
+        return Difference(f"{name} as recorded", own, CREDIBLE * (error + step), own)
     return Difference(name, error, 2 * own + step, own, ours.numel())
 
 
@@ -129,7 +137,9 @@ def allow_for_chance(differences: list[Difference], step: float) -> list[Differe
     """Widen the tolerance of low-precision tensors of few values; see `FEW`."""
     typical = statistics.median(d.own for d in differences)
     return [
-        dataclasses.replace(d, tolerance=2 * max(d.own, typical) + step) if d.values < FEW else d
+        dataclasses.replace(d, tolerance=2 * max(d.own, typical) + step)
+        if 0 < d.values < FEW
+        else d
         for d in differences
     ]
 

@@ -53,10 +53,14 @@ def _layer(matches: Callable[[Case], bool], run: Callable[[Case], Outputs]) -> K
     return Kind(matches, run, float32_inside=True, suffixes=True)
 
 
+def _flow(matches: Callable[[Case], bool], run: Callable[[Case], Outputs]) -> Kind:
+    return Kind(matches, run, float32_inside=True)  # timesteps are
+
+
 #: A case with a class is matched by that alone, so the order does not matter.
 KINDS = {
     "STDiT3": Kind(transformer.is_stdit3, transformer.run_stdit3, float32_inside=True),
-    "layer": Kind(layers.is_layer, layers.run_layer, float32_inside=True),
+    "layer": _layer(layers.is_layer, layers.run_layer),
     "temporal VAE": Kind(autoencoder.is_temporal, autoencoder.run_temporal),
     "video VAE": Kind(autoencoder.is_video, autoencoder.run_video, tolerance=1e-4),
     "caption embedder": _layer(bare_layers.is_caption_embedder, bare_layers.run_caption_embedder),
@@ -71,11 +75,11 @@ KINDS = {
         bare_layers.is_position_embedding, bare_layers.run_position_embedding
     ),
     "causal convolution": _layer(bare_layers.is_causal_conv, bare_layers.run_causal_conv),
-    "rectified flow: noise": Kind(flow.is_add_noise, flow.run_add_noise),
-    "rectified flow: loss": Kind(flow.is_loss, flow.run_loss),
-    "rectified flow: sample": Kind(flow.is_sample, flow.run_sample),
-    "rectified flow: drawn timesteps": Kind(flow.is_drawn_timesteps, flow.run_drawn_timesteps),
-    "rectified flow: timestep transform": Kind(
+    "rectified flow: noise": _flow(flow.is_add_noise, flow.run_add_noise),
+    "rectified flow: loss": _flow(flow.is_loss, flow.run_loss),
+    "rectified flow: sample": _flow(flow.is_sample, flow.run_sample),
+    "rectified flow: drawn timesteps": _flow(flow.is_drawn_timesteps, flow.run_drawn_timesteps),
+    "rectified flow: timestep transform": _flow(
         flow.is_timestep_transform, flow.run_timestep_transform
     ),
 }

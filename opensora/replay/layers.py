@@ -15,7 +15,7 @@ from opensora import nn as layers
 from opensora.models.stdit.block import STDiT3Block
 from opensora.models.vae import CausalConv3d
 from opensora.replay.modules import Outputs, run_module
-from opensora.replay.recording import Case, Mismatch, Unsupported
+from opensora.replay.recording import Case, Mismatch, Unsupported, split_precision
 
 Arguments = Mapping[str, Any]
 
@@ -53,7 +53,8 @@ def run_layer(case: Case) -> Outputs:
         raise Mismatch(f"{len(positional)} arguments for {case.class_name}{layer.signature}")
     by_position = dict(zip(positional, layer.signature, strict=False))
     names = {name: by_position.get(name, name) for name in case.names("in.") if name != "loss_w"}
-    outputs = [n for n in case.names("out.") if n != "loss" and not n.startswith("mid.")]
+    plain = {split_precision(name)[0] for name in case.names("out.")}
+    outputs = sorted(n for n in plain if n != "loss" and not n.startswith("mid."))
     if len(outputs) != 1:
         raise Mismatch(f"expected one output of {case.class_name}, found {', '.join(outputs)}")
 
@@ -210,4 +211,3 @@ LAYERS = {
     "STDiT3Block": Layer(("x", "y", "t", "mask", "x_mask", "t0", "T", "S"), _block, _call_block),
     "CausalConv3d": Layer(("x",), _causal_conv),
 }
-__all__ = ["LAYERS", "Layer", "is_layer", "run_layer"]

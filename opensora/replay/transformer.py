@@ -28,6 +28,8 @@ def run_stdit3(case: Case) -> Outputs:
     # The original accepts any key; those of other models mean nothing to it.
     known = {field.name for field in dataclasses.fields(STDiT3Config)}
     architecture = {key: value for key, value in config.items() if key in known}
+    if len(architecture) < len(config):
+        case.notes.add(f"config keys without effect: {', '.join(sorted(config.keys() - known))}")
     model = STDiT3(STDiT3Config.from_dict(architecture))
     names = [name for name in case.read("call") or case.names("in.") if name != "loss_w"]
 
