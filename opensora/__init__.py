@@ -6,7 +6,13 @@ Triton, and never initialises CUDA.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[0].endswith("/opensora") or sys.orig_argv[1:3] == ["-m", "opensora"]:
+    from opensora.program import leave_on_interrupt
+
+    leave_on_interrupt()  # loading torch takes seconds and may swallow a Ctrl-C
 
 from opensora import _extension as _extension
 

@@ -19,6 +19,7 @@ from opensora.errors import DoesNotFitError, OpenSoraError
 
 INTERRUPTED, TERMINATED, BROKEN_PIPE = 130, 143, 141
 
+_INTERRUPTION = "interrupted; nothing partial was left"
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "DefaultCPUAllocator")
 
 
@@ -28,51 +29,54 @@ def run_program(main: Callable[[], int]) -> int:
     Failures are one line on stderr that begins with "error: ". OPENSORA_TRACEBACK=1 adds the
     traceback.
     """
-    with _unwinding_when_terminated():
-        return _status(main)
+    with _signals_raise():
+        try:
+            status = main()
+            sys.stdout.flush()
+            return status
+        except BaseException as error:
+            # A library may have turned the interruption into an error of its own.
+            return _report(_requests[-1] if _requests else error)
 
 
-def _status(main: Callable[[], int]) -> int:
-    try:
-        status = main()
-        sys.stdout.flush()
-        return status
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
-    except KeyboardInterrupt:
-        _say("interrupted; nothing partial was left", None)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader has gone. Python would complain again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    except OpenSoraError as error:
-        _say(f"error: {error}", error)
-        return error.exit_code
-    except MemoryError as error:
-        return _no_memory(error)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _say(f"error: {where}{error.strerror or error}", error)
-        return OpenSoraError.exit_code
-    except Exception as error:
-        if isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY):
-            return _no_memory(error)
-        _say(
-            f"error: unexpected {type(error).__name__}: {error}; this is a fault of opensora. Run "
-            "again with OPENSORA_TRACEBACK=1 and report what it prints",
-            error,
-        )
-        return OpenSoraError.exit_code
+def _report(error: BaseException) -> int:
+    """Say what ended the program and return its exit status."""
+    status = OpenSoraError.exit_code
+    match error:
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else 0
+        case KeyboardInterrupt():
+            _say(_INTERRUPTION, None)
+            return INTERRUPTED
+        case BrokenPipeError():
+            # The reader has gone. Python would complain again when it flushes stdout at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return BROKEN_PIPE
+        case OpenSoraError():
+            status = error.exit_code
+            message = str(error)
+        case OSError():
+            where = f"{error.filename}: " if error.filename else ""
+            message = f"{where}{error.strerror or error}"
+        case _ if _is_out_of_memory(error):
+            status = DoesNotFitError.exit_code
+            message = (
+                "the machine ran out of memory; ask for fewer frames, a smaller size or a smaller "
+                "--batch-size, or use --dtype bf16"
+            )
+        case _:
+            message = (
+                f"unexpected {type(error).__name__}: {error}; this is a fault of opensora. Run "
+                "again with OPENSORA_TRACEBACK=1 and report what it prints"
+            )
+    _say(f"error: {message}", error)
+    return status
 
 
-def _no_memory(error: BaseException) -> int:
-    _say(
-        "error: the machine ran out of memory; ask for fewer frames, a smaller size or a smaller "
-        "--batch-size, or use --dtype bf16",
-        error,
-    )
-    return DoesNotFitError.exit_code
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Tell Python's and torch's ways to say that there is no memory left."""
+    known = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    return known or isinstance(error, MemoryError)
 
 
 def _say(message: str, error: BaseException | None) -> None:
@@ -82,18 +86,51 @@ def _say(message: str, error: BaseException | None) -> None:
     print(" ".join(message.split()), file=sys.stderr)
 
 
+def leave_on_interrupt() -> None:
+    """Let Ctrl-C end the process at once, while there is nothing to clean up: during imports.
+
+    `run_program` takes over from there.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"{_INTERRUPTION}\n".encode())
+        os._exit(INTERRUPTED)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+
+
+def stop_if_requested() -> None:
+    """Raise again what Ctrl-C or SIGTERM raised, if anything swallowed it.
+
+    Some modules of torch and transformers catch every exception while they are imported. Programs
+    call this between their steps.
+    """
+    if _requests:
+        raise _requests[-1]
+
+
+_requests: list[BaseException] = []
+
+
 @contextmanager
-def _unwinding_when_terminated() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that temporary files are removed."""
+def _signals_raise() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM raise, so that temporary files are removed, and remember that."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(TERMINATED)
+        interrupted = number == signal.SIGINT
+        _requests.append(KeyboardInterrupt() if interrupted else SystemExit(TERMINATED))
+        raise _requests[-1]
 
+    _requests.clear()
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the business of whoever runs us in a thread
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    # A shell starts background jobs with Ctrl-C ignored; that stays so.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from opensora.config import parse_command_line
-from opensora.program import run_program
+from opensora.program import run_program, stop_if_requested
+from opensora.progress import Progress, Report
 from opensora.sample_config import SampleConfig
 
 DESCRIPTION = """\
@@ -55,10 +56,10 @@ def generate(argv: Sequence[str], program: str = "opensora generate") -> int:
     say = _quiet if config.quiet or config.verbose == 0 else _say
 
     # Imported after the flags are checked: a wrong flag should not wait for the models' code.
-    from opensora.progress import Progress
     from opensora.recipe import describe_run, digests_in_background
     from opensora.sample_plan import Plan, describe_plan, make_plan, settings_of
 
+    stop_if_requested()
     plan: Plan = make_plan(config, sources)
     config = plan.config
     say("settings:\n" + sources.table(config, every=config.verbose > 1))
@@ -70,8 +71,9 @@ def generate(argv: Sequence[str], program: str = "opensora generate") -> int:
         return 0
 
     shown = config.progress and not config.quiet and config.verbose > 0
-    with Progress(None if shown else False) as bars, _notes(say, plan.notes):
+    with _Bars(None if shown else False) as bars, _notes(say, plan.notes):
         pipe = plan.parts.load(dtype=plan.dtype, device=plan.device, progress=bars)
+        stop_if_requested()
         digests = digests_in_background(pipe.sources)
         bars.close()
         say(f"models ready after {time.monotonic() - started:.1f} s")
@@ -97,6 +99,7 @@ def generate(argv: Sequence[str], program: str = "opensora generate") -> int:
                 progress=bars,
             )
             bars.close()
+            stop_if_requested()
             run = describe_run(
                 settings_of(plan),
                 plan.request,
@@ -113,6 +116,20 @@ def generate(argv: Sequence[str], program: str = "opensora generate") -> int:
                 )
             say(f"{len(batch)} made in {time.monotonic() - begun:.1f} s")
     return 0
+
+
+class _Bars(Progress):
+    """Notice at every reported step that the program was asked to stop."""
+
+    def stage(self, name: str, unit: str = "step") -> Report:
+        """Begin a stage; its report function raises if Ctrl-C was pressed."""
+        draw = super().stage(name, unit)
+
+        def report(done: int, total: int) -> None:
+            stop_if_requested()
+            draw(done, total)
+
+        return report
 
 
 def _seed(config: SampleConfig, seeds: list[int], goes_on: bool) -> int | list[int] | None:

@@ -6,18 +6,25 @@ python scripts/inference.py configs/opensora-v1-2/inference/sample.py --num-fram
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
 
+def leave(*_: object) -> None:
+    """End at once on Ctrl-C: while torch is loading it may be swallowed, and nothing is open."""
+    os.write(2, b"interrupted; nothing partial was left\n")
+    os._exit(130)
+
+
 def main() -> int:
     """Run from a checkout, installed or not."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    try:
-        from opensora.sample import main as generate
-    except KeyboardInterrupt:
-        print("interrupted; nothing partial was left", file=sys.stderr)
-        return 130
+    from opensora.sample import main as generate
+
     return generate(program="scripts/inference.py")
 
 
