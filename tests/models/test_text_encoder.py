@@ -95,6 +95,14 @@ def test_prompt_that_just_fits_does_not_warn() -> None:
         encoder.encode(PROMPTS[:1])
 
 
+def test_a_fresh_byte_encoder_tells_neighbours_from_distant_bytes() -> None:
+    encoder = tiny(max_length=60)
+    text = "a" * 40
+    states = encoder.encode([text, text[:18] + "b" + text[19:], text[:36] + "b" + text[37:]])[0]
+    near, far = ((states[i, 0, 19] - states[0, 0, 19]).norm() for i in (1, 2))
+    assert near > 3 * far
+
+
 def test_forward_trains_and_encode_does_not() -> None:
     encoder = tiny().train()
     ids, mask = encoder.tokenize(PROMPTS[:1])

@@ -167,7 +167,9 @@ class T5TextEncoder(nn.Module):
             dropout_rate=dropout_rate,
             feed_forward_proj="gated-gelu",
         )
-        return cls(transformers.T5EncoderModel(config).train(), tokenizer, max_length)
+        model = transformers.T5EncoderModel(config).train()
+        _look_at_neighbours(model)
+        return cls(model, tokenizer, max_length)
 
     @classmethod
     def from_pretrained(
@@ -264,3 +266,19 @@ def _first_line(error: Exception) -> str:
     """Shorten an error of another library to one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+@torch.no_grad()
+def _look_at_neighbours(model: nn.Module, bias: float = 4.0) -> None:
+    """Let the heads start by attending to the previous, next, second previous, ... token.
+
+    Bytes mean nothing without their order, and T5 knows order by this bias alone. From its usual
+    start, below 0.3, it takes thousands of steps to grow to where words can be told apart.
+    """
+    table = model.get_parameter(
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    )  # [buckets, heads]; the upper half of the buckets holds the tokens to the right
+    right = table.shape[0] // 2
+    offsets = [bucket for distance in (1, 2, 3, 4) for bucket in (distance, right + distance)]
+    for head in range(table.shape[1]):
+        table[offsets[head % len(offsets)], head] = bias
