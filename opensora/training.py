@@ -176,7 +176,10 @@ class TrainingRun:
             state = torch.load(path, map_location="cpu", weights_only=True)
             for name, module in modules.items():
                 module.load_state_dict(state["modules"][name])
+            rates = [group["initial_lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(state["optimizer"])
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["initial_lr"] = rate  # the configuration's, which may have been changed
             for key, value in state["ema"].items():
                 ema.state[key].copy_(value)
         except (RuntimeError, KeyError, ValueError, OSError, EOFError, UnpicklingError) as error:

@@ -10,6 +10,7 @@ import torch
 
 from opensora.config_file import load_config_file
 from opensora.errors import NonFiniteError, UsageError, WeightsError
+from opensora.optim import Muon
 from opensora.pipeline import OpenSoraPipeline
 from opensora.train import TrainConfig, read_buckets, train
 from opensora.train import main as train_main
@@ -164,6 +165,16 @@ def test_loss_falls_on_four_clips(trained_vae, tmp_path):
     assert lines[-1] < 0.8 * lines[0]
 
 
+def test_resuming_takes_the_learning_rate_of_the_configuration(tmp_path):
+    modules = {"m": torch.nn.Linear(2, 2)}
+    ema = EMA(modules, 0.9)
+    run = TrainingRun(tmp_path, {}, 10, 1)
+    run.save(4, modules, Muon(modules["m"].named_parameters(), 1e-3, 1e-3), ema)
+    changed = Muon(modules["m"].named_parameters(), 5e-3, 4e-3)
+    assert run.resume(modules, changed, ema) == 4
+    assert [group["initial_lr"] for group in changed.param_groups] == [5e-3, 4e-3]
+
+
 def test_a_damaged_state_is_named(trained_vae, tmp_path):
     (tmp_path / "state.pt").write_bytes(b"not a state")
     with pytest.raises(WeightsError, match="cannot resume from"):
@@ -173,7 +184,7 @@ def test_a_damaged_state_is_named(trained_vae, tmp_path):
 def test_a_state_of_another_model_is_named(trained_vae, tmp_path):
     run = TrainingRun(tmp_path, {}, 1, 1)
     other = {"vae": torch.nn.Linear(2, 2)}
-    run.save(1, other, torch.optim.SGD(other["vae"].parameters(), 0.1), EMA(other, 0.9))
+    run.save(1, other, Muon(other["vae"].named_parameters()), EMA(other, 0.9))
     with pytest.raises(WeightsError, match="cannot resume from"):
         train_vae(dataclasses.replace(VAE, outputs=str(tmp_path)))
 
