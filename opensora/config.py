@@ -106,8 +106,9 @@ class Sources(dict[str, str]):
 
     def table(self, config: Any, *, every: bool = False) -> str:
         """Format the settings, one a line with its source; defaults only if `every`."""
+        longest = 2000 if every else 70
         rows = [
-            (field.name, _shown(getattr(config, field.name)), self[field.name])
+            (field.name, _cut(_shown(getattr(config, field.name)), longest), self[field.name])
             for field in dataclasses.fields(config)
             if every or self.is_set(field.name)
         ]
@@ -192,6 +193,10 @@ def parse_command_line(
             f"{missing[0]} is not set: give {flag_of(missing[0])} or the key in a file"
         )
     return config_class(**values), sources
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _shown(value: Any) -> str:

@@ -7,7 +7,8 @@ Shapes: B clips, C latent channels, T' H' W' latent size, L text tokens, D text 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -245,3 +246,16 @@ def _step_message(step: int, steps: int, layer: str | None, request: Request) ->
         f"sampling gave NaN or infinity at step {step + 1} of {steps}, {where}; nothing was "
         "written. Check the transformer's weights, or use --dtype fp32"
     )
+
+
+@contextmanager
+def evaluating(*modules: Any) -> Iterator[None]:
+    """Switch modules to evaluation mode: in training, captions would be dropped at random."""
+    training = [module for module in modules if getattr(module, "training", False)]
+    for module in training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train()

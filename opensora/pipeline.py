@@ -7,8 +7,7 @@ clip = pipe("a red circle moving right", seed=7).frames[0]  # uint8 [T, H, W, 3]
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from opensora.generation import (
     clip_seeds,
     decode_latent,
     draw_noise,
+    evaluating,
     format_frames,
     sample_latent,
     text_of,
 )
-from opensora.progress import Progress
+from opensora.progress import Progress, bars_of
 from opensora.prompts import prepare_prompt
 from opensora.request import (
     Request,
@@ -201,10 +201,12 @@ class OpenSoraPipeline:
         Raises:
             WeightsError: missing, damaged or of another model.
         """
+        from opensora.pipeline_loading import load_parts
         from opensora.pipeline_parts import PipelineParts
 
-        with _bars(progress) as bars:
-            return PipelineParts.find(source).load(
+        with bars_of(progress) as bars:
+            return load_parts(
+                PipelineParts.find(source),
                 dtype=dtype or torch_dtype,
                 text_encoder_dtype=text_encoder_dtype,
                 device=device,
@@ -315,10 +317,15 @@ class OpenSoraPipeline:
         if note:
             warnings.warn(note, stacklevel=3)  # past torch.no_grad, at the caller
         seeds = clip_seeds(seed, generator, len(texts), noise)
-        after_step = None if callback_on_step_end is None else self._after(callback_on_step_end)
+
+        def after_step(step: int, t: Tensor, z: Tensor) -> Tensor | None:
+            if callback_on_step_end is None:
+                return None
+            return (callback_on_step_end(self, step, t, {"latents": z}) or {}).get("latents")
+
         latent_size = self.vae.get_latent_size(request.size)
         made = []
-        with _bars(progress) as bars, _evaluating(self.transformer, self.vae, self.text_encoder):
+        with bars_of(progress) as bars, evaluating(self.transformer, self.vae, self.text_encoder):
             for start in range(0, len(texts), batch_size):
                 batch = texts[start : start + batch_size]
                 shape = (len(batch), self.vae.latent_channels, *latent_size)
@@ -341,14 +348,6 @@ class OpenSoraPipeline:
         frames = format_frames(torch.cat(made), output_type)
         return OpenSoraPipelineOutput(frames, seeds, texts, request)
 
-    def _after(self, callback: StepCallback) -> Callable[[int, Tensor, Tensor], Tensor | None]:
-        """Adapt a callback in the form that diffusers uses."""
-
-        def after_step(step: int, t: Tensor, z: Tensor) -> Tensor | None:
-            return (callback(self, step, t, {"latents": z}) or {}).get("latents")
-
-        return after_step
-
     def _check_fits(self, request: Request, batch: int) -> None:
         """Raise DoesNotFitError if the estimate exceeds the free memory; weights are loaded."""
         spatial = self.vae.config.spatial
@@ -362,26 +361,3 @@ class OpenSoraPipeline:
             bytes_per_value=self.dtype.itemsize,
         )
         check_memory(needed, self.device)
-
-
-@contextmanager
-def _bars(progress: bool | Progress) -> Iterator[Progress]:
-    """Use the caller's bars, or draw and close our own."""
-    if isinstance(progress, Progress):
-        yield progress
-        return
-    with Progress(None if progress else False) as own:
-        yield own
-
-
-@contextmanager
-def _evaluating(*modules: Any) -> Iterator[None]:
-    """Switch modules to evaluation mode: in training, captions would be dropped at random."""
-    training = [module for module in modules if getattr(module, "training", False)]
-    for module in training:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.train()

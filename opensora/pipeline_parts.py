@@ -1,7 +1,7 @@
 """Find the parts of a pipeline - built in, in a folder, named by a configuration - and load them.
 
 A pipeline folder holds `model_index.json`, `transformer/`, `vae/`, `text_encoder/`, `tokenizer/`
-and `scheduler/`. Finding reads small JSON files only; `PipelineParts.load` opens the weights.
+and `scheduler/`. Finding reads small JSON files only; `opensora.pipeline_loading` opens weights.
 """
 
 from __future__ import annotations
@@ -10,26 +10,20 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from opensora.checkpoint import load_model, read_config
-from opensora.devices import DTYPES, choose_device, choose_dtype
+from opensora.checkpoint import read_config
 from opensora.errors import UsageError, WeightsError
-from opensora.models.stdit import PRESETS, STDiT3, STDiT3Config
-from opensora.models.text_encoder import T5TextEncoder
+from opensora.models.stdit import STDiT3Config
 from opensora.models.vae import PRESETS as VAE_PRESETS
-from opensora.models.vae import VideoAutoencoder, VideoAutoencoderConfig
+from opensora.models.vae import VideoAutoencoderConfig
 from opensora.pipeline_folder import INDEX, PARTS, TINY, pipeline_folder
-from opensora.pipeline_options import VAE_KEYS, model_options, text_options, vae_options
+from opensora.pipeline_options import model_options, text_options, vae_options
 from opensora.request import Request, estimate_memory
 from opensora.schedulers.rflow import RFlow
 from opensora.weight_files import read_json
-
-if TYPE_CHECKING:
-    from opensora.pipeline import OpenSoraPipeline
-    from opensora.progress import Progress
 
 #: The parts that belong to Open-Sora 1.2's transformer, and the request of its published config.
 RELEASE: dict[str, dict[str, Any]] = {
@@ -156,12 +150,13 @@ class PipelineParts:
 
     def latent_size(self, request: Request) -> tuple[int, int, int]:
         """Return (T', H', W') of a request's latent."""
-        with torch.device("meta"):
-            frames, height, width = VideoAutoencoder(self._vae_config()).get_latent_size(
-                request.size
-            )
-        assert frames is not None
-        return frames, height, width
+        config = self._vae_config()
+        chunk = self.vae.options.get("micro_frame_size", config.micro_frame_size)
+        whole, rest = divmod(request.num_frames, chunk or request.num_frames)
+        factor = config.temporal.temporal_factor
+        frames = whole * -(-(chunk or request.num_frames) // factor) - (-rest // factor)
+        side = config.spatial.spatial_factor
+        return frames, request.height // side, request.width // side
 
     def estimate_memory(self, request: Request, batch: int, dtype: torch.dtype) -> int:
         """Estimate the least memory of a run in bytes, weights included where known."""
@@ -189,83 +184,6 @@ class PipelineParts:
         if config is None:
             return VAE_PRESETS["OpenSoraVAE_V1_2"]
         return VideoAutoencoderConfig.from_dict(config)
-
-    def load(
-        self,
-        *,
-        dtype: torch.dtype | None = None,
-        text_encoder_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        progress: Progress,
-        pipeline_class: type[OpenSoraPipeline] | None = None,
-        **components: Any,
-    ) -> OpenSoraPipeline:
-        """Open the weights; see `OpenSoraPipeline.from_pretrained`.
-
-        Raises:
-            WeightsError: missing, damaged, or of another model.
-        """
-        from opensora.pipeline import OpenSoraPipeline
-
-        wrong = [name for name in components if name not in (*PARTS, "scheduler")]
-        if wrong:
-            raise UsageError(f"unknown part {wrong[0]!r}; parts: {', '.join(PARTS)}, scheduler")
-        device = choose_device(device)
-        dtype = choose_dtype(dtype, device)
-        made = dict(components)
-        if "transformer" not in made:
-            part = self.transformer
-            made["transformer"] = load_model(
-                STDiT3,
-                part.source,
-                subfolder=part.subfolder,
-                config=_model_config(part),
-                dtype=dtype,
-                device=device,
-                progress=progress.stage("loading the transformer", "B"),
-            )
-        if "vae" not in made:
-            made["vae"] = self._load_vae(dtype, device, progress)
-        if "text_encoder" not in made:
-            made["text_encoder"] = self._load_text_encoder(text_encoder_dtype, device, progress)
-        made.setdefault("scheduler", RFlow.from_dict(self.scheduler))
-        sources = {name: str(getattr(self, name)) for name in PARTS if name not in components}
-        return (pipeline_class or OpenSoraPipeline)(**made, defaults=self.defaults, sources=sources)
-
-    def _load_vae(
-        self, dtype: torch.dtype, device: torch.device, progress: Progress
-    ) -> VideoAutoencoder:
-        part = self.vae
-        kind = part.options.get("type")
-        vae = load_model(
-            VideoAutoencoder,
-            part.source,
-            subfolder=part.subfolder,
-            config=None if part.config() is not None else VAE_PRESETS.get(kind or ""),
-            dtype=dtype,
-            device=device,
-            progress=progress.stage("loading the VAE", "B"),
-        )
-        for key in VAE_KEYS:
-            if key in part.options:
-                setattr(vae, key, part.options[key])
-        return vae
-
-    def _load_text_encoder(
-        self, dtype: torch.dtype | None, device: torch.device, progress: Progress
-    ) -> T5TextEncoder:
-        part = self.text_encoder
-        report = progress.stage("loading the text encoder", "model")
-        report(0, 1)
-        encoder = T5TextEncoder.from_pretrained(
-            part.source,
-            subfolder=part.options.get("subfolder"),
-            max_length=part.options.get("model_max_length"),
-            dtype=dtype or DTYPES.get(str(part.options.get("dtype"))),
-            device=device,
-        )
-        report(1, 1)
-        return encoder
 
 
 def _read_folder(folder: Path) -> PipelineParts:
@@ -344,29 +262,6 @@ def _check_exists(part: Part, name: str) -> None:
             f"{name}: {part.source} does not exist; give a folder, a weight file, or a hub id such "
             "as hpcai-tech/OpenSora-STDiT-v3"
         )
-
-
-def _model_config(part: Part) -> dict[str, Any] | None:
-    """Return the architecture to build; None leaves it to the checkpoint.
-
-    A checkpoint's config.json is overridden by what the configuration says, and must be of the
-    type that the configuration names.
-    """
-    options = dict(part.options)
-    preset = PRESETS.get(options.pop("type", "STDiT3"))
-    stored = part.config()
-    if stored is None:
-        return {**preset.to_dict(), **options} if preset else options or None
-    if preset is not None:
-        found = STDiT3Config.from_dict(stored)
-        for key in ("hidden_size", "depth", "num_heads"):
-            if getattr(found, key) != getattr(preset, key):
-                raise WeightsError(
-                    f"{part}: {key} is {getattr(found, key)}, but model.type "
-                    f"{part.options['type']} has {getattr(preset, key)}; name the type of these "
-                    "weights, or STDiT3 to take theirs"
-                )
-    return {**stored, **options}
 
 
 def _stored_bytes(part: Part) -> int:

@@ -7,7 +7,8 @@ switched off, every call does nothing and tqdm is not even imported.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -69,3 +70,13 @@ class Progress:
 
 def _ignore(done: int, total: int) -> None:
     """Report nothing."""
+
+
+@contextmanager
+def bars_of(progress: bool | Progress) -> Iterator[Progress]:
+    """Use the caller's bars, or draw and close our own."""
+    if isinstance(progress, Progress):
+        yield progress
+        return
+    with Progress(None if progress else False) as own:
+        yield own

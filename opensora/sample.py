@@ -56,6 +56,7 @@ def generate(argv: Sequence[str], program: str = "opensora generate") -> int:
     say = _quiet if config.quiet or config.verbose == 0 else _say
 
     # Imported after the flags are checked: a wrong flag should not wait for the models' code.
+    from opensora.pipeline_loading import load_parts
     from opensora.recipe import describe_run, digests_in_background
     from opensora.sample_plan import Plan, describe_plan, make_plan, settings_of
 
@@ -72,7 +73,7 @@ def generate(argv: Sequence[str], program: str = "opensora generate") -> int:
 
     shown = config.progress and not config.quiet and config.verbose > 0
     with _Bars(None if shown else False) as bars, _notes(say, plan.notes):
-        pipe = plan.parts.load(dtype=plan.dtype, device=plan.device, progress=bars)
+        pipe = load_parts(plan.parts, dtype=plan.dtype, device=plan.device, progress=bars)
         stop_if_requested()
         digests = digests_in_background(pipe.sources)
         bars.close()

@@ -18,7 +18,9 @@ from opensora.diagnosis import find_bad_layer
 from opensora.errors import DoesNotFitError, NonFiniteError, UsageError, WeightsError
 from opensora.models.text_encoder import T5TextEncoder
 from opensora.pipeline import OpenSoraPipeline
+from opensora.pipeline_loading import load_parts
 from opensora.pipeline_parts import PipelineParts
+from opensora.progress import Progress
 from opensora.request import Request, estimate_memory, training_note, validate_request
 from opensora.schedulers.rflow import RFlow
 
@@ -312,9 +314,7 @@ def test_parts_can_be_named_one_by_one(pipeline_folder: Path, pipe: OpenSoraPipe
         text_encoder={"from_pretrained": str(pipeline_folder), "model_max_length": 16},
         scheduler={"type": "rflow", "num_sampling_steps": 3},
     )
-    from opensora.progress import Progress
-
-    loaded = parts.load(device="cpu", progress=Progress(False))
+    loaded = load_parts(parts, device="cpu", progress=Progress(False))
     assert loaded.vae.micro_batch_size == 2
     assert loaded.text_encoder.max_length == 16
     assert loaded.scheduler.num_sampling_steps == 3
@@ -355,13 +355,11 @@ def test_wrong_parts_are_refused_before_loading(
 
 
 def test_a_named_type_must_be_that_of_the_weights(pipeline_folder: Path) -> None:
-    from opensora.progress import Progress
-
     model = {"type": "STDiT3-XL/2", "from_pretrained": str(pipeline_folder)}
     with pytest.raises(
         WeightsError, match=r"hidden_size is 32, but model\.type STDiT3-XL/2 has 1152"
     ):
-        PipelineParts.from_config(model=model).load(device="cpu", progress=Progress(False))
+        load_parts(PipelineParts.from_config(model=model), device="cpu", progress=Progress(False))
 
 
 def test_incomplete_folders_are_named(tmp_path: Path, pipeline_folder: Path) -> None:

@@ -359,12 +359,12 @@ def test_non_finite_values_leave_no_file(
 def test_memory_is_checked_before_weights_are_opened(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from opensora import pipeline_parts
+    from opensora import pipeline_loading
 
     def opened(*arguments: object, **more: object) -> None:
         raise AssertionError("weights were opened")
 
-    monkeypatch.setattr(pipeline_parts, "load_model", opened)
+    monkeypatch.setattr(pipeline_loading, "load_model", opened)
     monkeypatch.setattr(request_module, "available_memory", lambda device: 1 << 10)
     assert run("--prompt", "x")[0] == 4
 
