@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,12 @@ TINY = STDiT3Config(
     pred_sigma=False,
 )
 REPO = "hpcai-tech/OpenSora-STDiT-v3"
+
+
+@pytest.fixture(autouse=True)
+def hub_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo HF_HUB_OFFLINE: the client reads it once, and the user or a test may have set it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture
