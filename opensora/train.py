@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from opensora.checkpoint import weights_digest
 from opensora.config import parse_command_line
 from opensora.data.shape_latents import Bucket, ShapeLatents
-from opensora.errors import UsageError
+from opensora.errors import UsageError, WeightsError
 from opensora.models.stdit import STDiT3, STDiT3Config
 from opensora.models.text_encoder import T5TextEncoder
 from opensora.models.vae import VideoAutoencoder
@@ -51,6 +51,8 @@ class TrainConfig:
         model: Architecture of the transformer, the content of an STDiT3 config.json.
         vae: Folder of the trained VAE.
         text_encoder: `T5TextEncoder.byt5` arguments of an encoder trained along.
+        ckpt_path: Pipeline folder whose transformer and text encoder the run starts from; "" starts
+            from random weights. A run that is resumed goes on with its own.
         scheduler: Settings of `RFlow`.
         defaults: What the pipeline uses when a request does not say (frames, size, fps, steps,
             guidance), stored with it.
@@ -73,6 +75,7 @@ class TrainConfig:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     vae: str = "outputs/tiny-vae/vae"
     text_encoder: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ckpt_path: str = ""
     scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     outputs: str = "outputs/tiny"
@@ -130,6 +133,22 @@ def read_buckets(config: TrainConfig) -> list[Bucket]:
     return buckets
 
 
+def start_from(folder: str, model: STDiT3, encoder: T5TextEncoder) -> None:
+    """Copy the weights of a pipeline folder; WeightsError if they are of another architecture."""
+    stored = {
+        "transformer": STDiT3.from_pretrained(folder, subfolder="transformer").state_dict(),
+        "text_encoder": T5TextEncoder.from_pretrained(folder).model.state_dict(),
+    }
+    for name, module in (("transformer", model), ("text_encoder", encoder.model)):
+        try:
+            module.load_state_dict(stored[name])
+        except RuntimeError as error:
+            raise WeightsError(
+                f"ckpt_path: the {name} of {folder} is not what the configuration describes: "
+                f"{str(error).splitlines()[1].strip()}"
+            ) from error
+
+
 def train(config: TrainConfig) -> Path:
     """Run the training that `config` describes, resuming what its output folder holds.
 
@@ -146,6 +165,8 @@ def train(config: TrainConfig) -> Path:
     vae = VideoAutoencoder.from_pretrained(config.vae, dtype=torch.float32).eval()
     model = STDiT3(STDiT3Config.from_dict(config.model)).train()
     encoder = T5TextEncoder.byt5(**config.text_encoder)
+    if config.ckpt_path:
+        start_from(config.ckpt_path, model, encoder)
     scheduler = RFlow.from_dict(config.scheduler)
     run = TrainingRun(
         Path(config.outputs), dataclasses.asdict(config), config.steps, config.log_every

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from opensora.config_file import load_config_file
 from opensora.errors import NonFiniteError, UsageError, WeightsError
@@ -152,6 +153,19 @@ def test_transformer_training_resumes_to_the_same_weights(trained_vae, tmp_path)
     for part in ("transformer", "text_encoder"):
         left = (whole / part / "model.safetensors").read_bytes()
         assert left == (resumed / part / "model.safetensors").read_bytes()
+
+
+def test_training_starts_from_a_pipeline(trained_vae, tmp_path):
+    first = train(transformer_config(tmp_path / "first", trained_vae))
+    still = {"ckpt_path": str(first), "lr": 0.0, "adamw_lr": 0.0, "steps": 1, "mixed_steps": 0}
+    second = train(transformer_config(tmp_path / "second", trained_vae, **still))
+    for part in ("transformer", "text_encoder"):
+        left, right = (load_file(f / part / "model.safetensors") for f in (first, second))
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    wider = transformer_config(tmp_path / "third", trained_vae, ckpt_path=str(first))
+    wider.model["hidden_size"] = 32
+    with pytest.raises(WeightsError, match=r"transformer of .* is not what"):
+        train(wider)
 
 
 def test_loss_falls_on_four_clips(trained_vae, tmp_path):

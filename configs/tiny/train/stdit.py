@@ -38,12 +38,12 @@ buckets = (
     (34, 64, 64, 768, 32, 0.06),
     (1, 64, 64, 1024, 192, 0.06),
 )
-mixed_steps = 1700
-steps = 4400
-lr = 2e-3
+mixed_steps = 800
+steps = 5000
+lr = 4e-3
 adamw_lr = 2e-3
 warmup_steps = 100
-decay = 0.3
+decay = 0.25
 grad_clip = 1.0
 ema_decay = 0.998
 dtype = "bf16"
