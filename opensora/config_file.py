@@ -131,7 +131,8 @@ def _load(path: Path, parents: tuple[Path, ...]) -> ConfigFile:
 def _parse(path: Path) -> ast.Module:
     """Read and parse a file, turning every failure into one sentence."""
     try:
-        data = path.read_bytes() if path.stat().st_size <= MAX_BYTES else None
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise UsageError(f"configuration {path} does not exist; check the path") from None
     except IsADirectoryError:
@@ -139,7 +140,7 @@ def _parse(path: Path) -> ast.Module:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot read the configuration {path}: {why}") from None
-    if data is None:
+    if len(data) > MAX_BYTES:
         raise UsageError(f"configuration {path} is larger than {MAX_BYTES} bytes: not a config")
     try:
         return ast.parse(data, filename=str(path))

@@ -116,6 +116,11 @@ class OpenSoraPipeline:
         """Raise WeightsError where two parts do not fit, naming both numbers."""
         config, encoder = self.transformer.config, self.text_encoder
         latent, width = self.vae.latent_channels, encoder.hidden_size
+        if config.skip_y_embedder:
+            raise WeightsError(
+                "the transformer was made for prepared text (skip_y_embedder) and has no embedding "
+                "of the empty prompt; use a checkpoint with its y_embedder"
+            )
         if config.in_channels != latent:
             raise WeightsError(
                 f"the transformer takes latents of {config.in_channels} channels and the VAE makes "

@@ -6,6 +6,7 @@ switched off, every call does nothing and tqdm is not even imported.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,8 +54,16 @@ class Progress:
             if self._bar is None:
                 from tqdm import tqdm
 
+                # tqdm draws nothing on terminals that say they are 0 x 0; this says 80 x 24 then.
+                columns, rows = shutil.get_terminal_size()
                 self._bar = tqdm(
-                    desc=name, unit=unit, total=total, file=sys.stderr, dynamic_ncols=True
+                    desc=name,
+                    unit=unit,
+                    unit_scale=unit == "B",
+                    total=total,
+                    file=sys.stderr,
+                    ncols=columns,
+                    nrows=rows,
                 )
             self._bar.total = total
             self._bar.update(done - self._bar.n)

@@ -10,6 +10,8 @@ from opensora.errors import UsageError
 from opensora.sample_config import SampleConfig
 from opensora.sizes import RATIOS, describe_size, get_image_size
 
+MAX_PROMPT_BYTES = 64 << 20
+
 _RANKS = {"default": 0, "checkpoint": 0, "environment": 2, "command line": 3}
 
 
@@ -31,6 +33,9 @@ def read_prompts(config: SampleConfig, sources: Sources) -> list[str]:
         prompts = list(given)
     else:
         raise UsageError('no prompt: give --prompt "what to show" or --prompt-path FILE')
+    for prompt in prompts:
+        if not prompt.isprintable() and any("\ud800" <= char <= "\udfff" for char in prompt):
+            raise UsageError(f"the prompt {prompt!a} is not valid UTF-8; retype it")
     chosen = prompts[config.start_index : config.end_index]
     if not chosen:
         raise UsageError(
@@ -43,7 +48,9 @@ def read_prompts(config: SampleConfig, sources: Sources) -> list[str]:
 def _prompt_file(path: Path) -> list[str]:
     """Read one prompt a line; empty lines do not count."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        with path.open("rb") as file:
+            data = file.read(MAX_PROMPT_BYTES + 1)
+        lines = data.decode("utf-8-sig").splitlines()
     except FileNotFoundError:
         raise UsageError(f"prompt file {path} does not exist; check the path") from None
     except UnicodeDecodeError:
@@ -51,6 +58,8 @@ def _prompt_file(path: Path) -> list[str]:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot read the prompt file {path}: {why}") from None
+    if len(data) > MAX_PROMPT_BYTES:
+        raise UsageError(f"prompt file {path} is larger than {MAX_PROMPT_BYTES} bytes; split it")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UsageError(f"prompt file {path} holds no prompt; write one a line")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -226,6 +227,24 @@ def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str
         report(1, 2)
         report(2, 2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_progress_draws_on_a_terminal_of_unknown_size() -> None:
+    program = """
+from opensora.progress import Progress
+with Progress() as progress:
+    progress.stage("sampling", "step")(2, 2)
+"""
+    read, written = os.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program], stderr=written, check=True, env=environment)
+    os.close(written)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal whose writers have gone
+        while piece := os.read(read, 4096):
+            shown += piece
+    os.close(read)
+    assert b"2/2 [00:00<" in shown
 
 
 def test_progress_draws_on_stderr_with_time_left(capsys: pytest.CaptureFixture[str]) -> None:
