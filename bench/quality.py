@@ -115,6 +115,9 @@ def run(argv: Sequence[str] | None) -> int:
     parser.add_argument("--cfg-scale", type=float, default=None, help="default: the checkpoint's")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--sheet", type=Path, help="write a png of all wrong clips of up to 40")
+    parser.add_argument(
+        "--gallery", type=Path, help="write a png of each group's first four clips, right or wrong"
+    )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args(argv)
     if args.num < 1 or args.batch_size < 1:
@@ -122,6 +125,7 @@ def run(argv: Sequence[str] | None) -> int:
     pipeline = OpenSoraPipeline.from_pretrained(args.ckpt_path)
     report: dict[str, dict[str, float]] = {}
     wrong: list[tuple[Tensor, str]] = []
+    gallery: list[tuple[Tensor, str]] = []
     columns = ("all", "present", *ATTRIBUTES)
     print(f"{args.num} prompts a group, seed {args.seed}, {args.num_sampling_steps} steps")
     print(f"{'':34}" + "".join(f"{name:>11}" for name in columns) + f"{'bar':>8}{'s/clip':>8}")
@@ -134,9 +138,14 @@ def run(argv: Sequence[str] | None) -> int:
         results = score(clips, [(scene, names) for scene, _, names in requests])
         report[group] = rates(results)
         _print_row(title, report[group], columns, BARS[group], f"{seconds:8.2f}")
+        prompts = [text for _, text, _ in requests]
+        gallery += list(zip(clips, prompts, strict=True))[:4]
         wrong += [
             (c, r[1]) for c, r, ok in zip(clips, requests, results["all"], strict=True) if not ok
         ]
+    if args.gallery:
+        save_contact_sheet(args.gallery, [c for c, _ in gallery], [t for _, t in gallery])
+        print(f"first clips: {args.gallery}")
     report["reconstructed"], psnr = reconstruct(pipeline, args.num, args.seed)
     _print_row("reconstructions", report["reconstructed"], columns, BARS["reconstructed"], "")
     print(f"reconstructions: {psnr:.2f} dB, bar {PSNR_BAR:.0f}")
