@@ -129,8 +129,17 @@ def _signals_raise() -> Iterator[None]:
     # A shell starts background jobs with Ctrl-C ignored; that stays so.
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in numbers}
+    report = sys.unraisablehook
+
+    def hide_requests(event: sys.UnraisableHookArgs) -> None:
+        # Raised inside a __del__ it cannot go on from there; `stop_if_requested` sees it.
+        if event.exc_value not in _requests:
+            report(event)
+
+    sys.unraisablehook = hide_requests
     try:
         yield
     finally:
+        sys.unraisablehook = report
         for number, handler in before.items():
             signal.signal(number, handler)
