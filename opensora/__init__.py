@@ -11,8 +11,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 # Read by OpenMP when torch loads. A waiting thread that spins holds a core that another process
-# needs: beside one busy process on two cores, a tiny clip took 15 s spinning and 0.8 s sleeping;
-# alone it takes 0.8 s either way.
+# needs: beside one busy process on two cores, a tiny clip took 15 s spinning and 0.8 s sleeping.
+# Alone, sleeping costs a little: 0.8 to 1.2 s against 0.7 to 0.9 s (three pairs).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if sys.argv[0].endswith("/opensora") or sys.orig_argv[1:3] == ["-m", "opensora"]:

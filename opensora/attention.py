@@ -73,9 +73,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """Return softmax(q k' / sqrt(D)) v, [B, H, N, D]; rows that see nothing are zero.
 
     On a CPU, short rows go through two batched matrix products: the flash kernel there pays per
-    row. Forward and backward of 320 x 4 rows of 16 tokens, D = 32, bfloat16, 2 threads: 7 ms
-    against 81 ms; 1024 x 4 rows of 5: 11 against 25; 64 x 4 rows of 80 on 120 masked keys: 36
-    against 65. In float32 only the forward of up to 32 keys gains (4.7 ms against 14.3).
+    row. Forward and backward, D = 32, bfloat16, 2 threads of an idle machine: 320 x 4 rows of 16
+    tokens 7 ms against 48; 1024 x 4 rows of 5, 8 against 17; 64 x 4 rows of 80 on 64 masked keys
+    8 against 29, on 120 keys no gain. In float32 the backward loses; of the forward, rows of 5
+    gain (4.5 ms against 7.4) and rows of 16 do not.
 
     Args:
         q: [B, H, N, D], as `k` and `v` of L tokens.
@@ -84,7 +85,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         mask: bool, broadcast to [B, H, N, L]; True where a key is seen. None: all are.
     """
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    longest = 128 if v.dtype == torch.bfloat16 else (0 if needs_grad else 32)
+    longest = 64 if v.dtype == torch.bfloat16 else (0 if needs_grad else 32)
     if v.device.type != "cpu" or k.shape[-2] > longest:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
