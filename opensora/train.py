@@ -105,7 +105,7 @@ def encode_captions(encoder: T5TextEncoder, captions: Sequence[str]) -> tuple[Te
         the mask int64 [B, L].
     """
     ids, mask = encoder.tokenize(captions)
-    length = min(ids.shape[1], math.ceil(int(mask.sum(1).max()) / 16) * 16)
+    length = min(ids.shape[1], math.ceil(int(mask.sum(1).max()) / 8) * 8)
     states = encoder(ids[:, :length], mask[:, :length])
     return nn.functional.pad(states, (0, 0, 0, ids.shape[1] - length)), mask
 

@@ -336,8 +336,10 @@ def _direction(motion: str, rng: random.Random) -> str:
     )
 
 
-def caption(scene: Scene, rng: random.Random) -> tuple[str, tuple[str, ...]]:
-    """Word a scene.
+def caption(
+    scene: Scene, rng: random.Random, size_share: float = 0.4
+) -> tuple[str, tuple[str, ...]]:
+    """Word a scene; `size_share` is the probability that the text states the size.
 
     Returns:
         (text, names): `names` are the attributes that the text states, out of "shape", "colour",
@@ -346,7 +348,7 @@ def caption(scene: Scene, rng: random.Random) -> tuple[str, tuple[str, ...]]:
     names = ["shape", "colour", "motion"]
     colour = rng.choice(_COLOUR_WORDS.get(scene.colour, (scene.colour,)))
     subject = f"{colour} {rng.choice(_SHAPE_WORDS[scene.shape])}"
-    if rng.random() < 0.4:
+    if rng.random() < size_share:
         names.append("size")
         subject = f"{rng.choice(_SIZE_WORDS[scene.size])} {subject}"
     openings, weights = zip(*_OPENINGS, strict=True)

@@ -121,6 +121,34 @@ def test_attend_agrees_with_torch_on_short_and_long_rows(dtype: torch.dtype, mas
         assert relative_error(layers.attend(q, k, v, mask), wanted) < bound
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attend_has_the_gradients_of_float64(masked: bool) -> None:
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(3, 2, n, 16, dtype=torch.bfloat16) for n in (7, 20, 20))
+    mask = torch.rand(3, 1, 1, 20) < 0.6 if masked else None
+    if mask is not None:
+        mask[..., 0], mask[2] = True, False  # the last sample sees nothing
+    cotangent = torch.randn(3, 2, 7, 16)
+    grads = []
+    for dtype in (torch.bfloat16, torch.float64):
+        inputs = [x.clone().to(dtype).requires_grad_() for x in (q, k, v)]
+        if dtype == torch.bfloat16:
+            out = layers.attend(*inputs, mask)
+        else:
+            bias = torch.zeros(()) if mask is None else torch.where(mask, 0.0, -1e9)
+            scores = inputs[0] @ inputs[1].mT / 16**0.5 + bias
+            out = scores.softmax(-1) @ inputs[2]
+            if mask is not None:
+                out = out * mask.any(-1, keepdim=True)
+        out.backward(cotangent.to(dtype))
+        grads.append([x.grad for x in inputs])
+    for got, wanted in zip(*grads, strict=True):
+        assert got is not None
+        assert relative_error(got, wanted) < 2**-5
+        if masked:
+            assert not got[2].any()
+
+
 def test_cross_attention_matches_recorded_ragged_text() -> None:
     case = golden("cross_attn_ragged")
     module = layers.MultiHeadCrossAttention(144, 2)

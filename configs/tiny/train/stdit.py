@@ -39,11 +39,11 @@ buckets = (
     (1, 64, 64, 1024, 192, 0.06),
 )
 mixed_steps = 800
-steps = 5000
+steps = 5600
 lr = 4e-3
 adamw_lr = 2e-3
 warmup_steps = 100
-decay = 0.25
+decay = 0.3
 grad_clip = 1.0
 ema_decay = 0.998
 dtype = "bf16"

@@ -214,9 +214,11 @@ class STDiT3(PretrainedMixin, nn.Module):
             )
         if rows != batch:
             visible = visible.repeat(batch // rows, 1)
-        if y.device.type == "cpu" and not torch.is_grad_enabled():
+        if y.device.type == "cpu" and not torch.compiler.is_compiling():
             # Prompts are short, captions padded; on a GPU finding the longest would stall it.
+            # Whole blocks of 16: the products of odd widths are slower.
             longest = int(visible.any(0).nonzero().max()) + 1 if bool(visible.any()) else 1
+            longest = -(-longest // 16) * 16
             y, visible = y[:, :longest], visible[:, :longest]
         return y, visible
 
