@@ -18,7 +18,7 @@ BUILD_INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell f
 export DEMO_PROMPT := $(value PROMPT)
 unexport PROMPT
 
-.PHONY: demo test lint bench clean help
+.PHONY: demo test lint bench static clean help
 
 demo: .venv/.demo
 	@$(PY) -m opensora generate --prompt="$$DEMO_PROMPT" $(ARGS)
@@ -35,6 +35,9 @@ lint: .venv/.dev
 bench: .venv/.test
 	@$(PY) -m pytest bench/ops -s --benchmark-columns=median,rounds --benchmark-max-time=0.2 $(ARGS)
 
+static: .venv/.test
+	@$(PY) -m bench.static $(ARGS)
+
 clean:
 	rm -rf .venv build dist samples opensora.egg-info opensora/_C.abi3.so
 
@@ -43,6 +46,7 @@ help:
 	@echo 'make test [ARGS="-k rope"]     tests'
 	@echo 'make lint                      ruff, mypy, clang-format'
 	@echo 'make bench [ARGS="-k layer"]   kernels against their references'
+	@echo 'make static                    compile every Triton kernel and gate its resources'
 	@echo 'make clean                     remove .venv and everything built'
 	@echo 'PYTHON=python3.12              another interpreter; OPENSORA_BUILD: see setup.py'
 

@@ -8,17 +8,14 @@ runs again in a process whose Triton kernels are interpreted (`run_interpreted`)
 from __future__ import annotations
 
 import os
-import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -164,73 +161,6 @@ def assert_as_exact_as(working: Tensor, actual: Tensor, truth: Tensor) -> None:
     excess = (error - allowed).max().item()
     found = f"error {error.max():.3e}, the reference's own {own:.3e}, over by {excess:.3e}"
     assert excess <= 0, found
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Count what a compiled Triton kernel uses, per thread and per program."""
-
-    registers: int
-    spills: int  # loads from and stores to local memory, in instructions
-    shared: int  # bytes
-    barriers: int  # instructions
-    accesses: frozenset[str]  # kinds of global loads and stores: "LDG.E.128", ...
-
-
-def compile_triton(
-    kernel: Any,
-    capability: int,
-    *,
-    pointers: dict[str, str],
-    constants: dict[str, Any],
-    num_warps: int,
-) -> Resources:
-    """Compile a Triton kernel for a GPU that need not be here and count its resources.
-
-    Args:
-        kernel: A `triton.jit` function whose pointers end in `_ptr`, whose strides end in
-            `_stride` and whose `eps` is the only float.
-        capability: 80, 90 or 100.
-        pointers: Element type by argument name, with "" for all others: {"": "bf16"}.
-        constants: Values of the constexpr arguments.
-        num_warps: Warps of a program.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + pointers.get(name, pointers[""])
-        else:
-            signature[name] = "fp32" if name == "eps" else "i32"
-        if name.endswith(("_ptr", "_stride")):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = _output(tools / "cuobjdump", "-res-usage", cubin.name)
-        assembly = _output(tools / "nvdisasm", cubin.name)
-    found = re.search(r"REG:(\d+) .*?SHARED:(\d+)", usage)
-    assert found is not None, usage
-    return Resources(
-        registers=int(found[1]),
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
-        shared=int(found[2]),
-        barriers=len(re.findall(r"\bBAR\.", assembly)),
-        accesses=frozenset(re.findall(r"\b(?:LDG|STG)\.E(?:\.\w+)?", assembly)),
-    )
-
-
-def _output(*command: str | Path) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def interleave(

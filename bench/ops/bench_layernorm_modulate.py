@@ -11,8 +11,10 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.shapes import TOKENS
+from bench.static import Static
 from opensora import testing
 from opensora.functional import layernorm_modulate
+from opensora.kernels import layernorm_modulate as triton_kernels
 from opensora.ops import layernorm_modulate as op
 from opensora.testing import Implementation, randn
 
@@ -20,6 +22,30 @@ KERNELS = [i for i in testing.implementations() if i.name != "reference"]
 each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=str)
 each_shape = pytest.mark.parametrize("shape", TOKENS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+
+
+def static_case(channels: int, selected: bool) -> Static:
+    """Launch both kernels on meta tensors of 480p-2s, at any width."""
+    batch, frames, patches, _ = TOKENS["480p-2s"]
+    meta = {"dtype": torch.bfloat16, "device": "meta"}
+    x = torch.empty(batch, frames, patches, channels, **meta)
+    row = torch.empty(batch, 6, channels, **meta)[:, 0]
+    select, other = None, None
+    if selected:
+        select, other = torch.empty(batch, frames, dtype=torch.bool, device="meta"), row
+
+    def launch() -> None:
+        triton_kernels.forward(x, row, row, select, other, other, 1e-6)
+        triton_kernels.backward(x, x, row, select, other, 1e-6)
+
+    return Static(launch)
+
+
+STATIC = {
+    "480p-2s": static_case(1152, False),
+    "480p-2s per frame": static_case(1152, True),
+    "2048 wide": static_case(2048, True),
+}
 
 
 def report(benchmark: BenchmarkFixture, times: dict[str, list[float]], copies: float) -> None:
