@@ -18,7 +18,7 @@ BUILD_INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell f
 export DEMO_PROMPT := $(value PROMPT)
 unexport PROMPT
 
-.PHONY: demo test lint bench static clean help
+.PHONY: demo test lint bench static gpu clean help
 
 demo: .venv/.demo
 	@$(PY) -m opensora generate --prompt="$$DEMO_PROMPT" $(ARGS)
@@ -33,10 +33,14 @@ lint: .venv/.dev
 	.venv/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
 
 bench: .venv/.test
-	@$(PY) -m pytest bench/ops -s --benchmark-columns=median,rounds --benchmark-max-time=0.2 $(ARGS)
+	@$(PY) -m pytest bench -s --benchmark-columns=median,rounds --benchmark-max-time=0.2 $(ARGS)
 
 static: .venv/.test
 	@$(PY) -m bench.static $(ARGS)
+
+# The GPU machine's own Python, which has torch and Triton: nothing is installed.
+gpu:
+	@$(PYTHON) -m bench.gpu $(ARGS)
 
 clean:
 	rm -rf .venv build dist samples opensora.egg-info opensora/_C.abi3.so
@@ -47,6 +51,7 @@ help:
 	@echo 'make lint                      ruff, mypy, clang-format'
 	@echo 'make bench [ARGS="-k layer"]   kernels against their references'
 	@echo 'make static                    compile every Triton kernel and gate its resources'
+	@echo 'make gpu                       check, then time every kernel on this GPU; installs nothing'
 	@echo 'make clean                     remove .venv and everything built'
 	@echo 'PYTHON=python3.12              another interpreter; OPENSORA_BUILD: see setup.py'
 

@@ -1,35 +1,82 @@
-"""Time `layernorm_modulate`: ratios to the eager reference and to a copy, in interleaved pairs.
+"""Measure `layernorm_modulate` at the models' shapes.
 
-A copy moves the bytes of the forward (read x, write y) into memory allocated like y; the backward
-reads dy and x and writes dx, 1.5 times as many. Only the ratios carry over to another machine.
+The forward reads x and writes y; the backward reads dy and x and writes dx.
 """
 
 from __future__ import annotations
 
-import pytest
-import torch
-from pytest_benchmark.fixture import BenchmarkFixture
+from typing import Any
 
+import torch
+
+from bench.cases import Arguments, Case
 from bench.shapes import TOKENS
 from bench.static import Static
-from opensora import testing
 from opensora.functional import layernorm_modulate
 from opensora.kernels import layernorm_modulate as triton_kernels
 from opensora.ops import layernorm_modulate as op
-from opensora.testing import Implementation, randn
+from opensora.testing import randn
 
-KERNELS = [i for i in testing.implementations() if i.name != "reference"]
-each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=str)
-each_shape = pytest.mark.parametrize("shape", TOKENS)
-each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+DTYPES = (torch.bfloat16, torch.float32)
 
 
-def static_case(channels: int, selected: bool) -> Static:
+def _arguments(shape: str, selected: bool) -> Any:
+    batch, frames, _, channels = TOKENS[shape]
+
+    def make(dtype: torch.dtype, device: str, seed: int) -> Arguments:
+        x = randn(*TOKENS[shape], dtype=dtype, device=device, seed=seed)
+        rows = randn(batch, 6, channels, dtype=dtype, device=device, seed=seed + 1).unbind(1)
+        if not selected:
+            return x, rows[0], rows[1], None, None, None, 1e-6
+        select = randn(batch, frames, device=device, seed=seed + 2) > 0
+        return x, rows[0], rows[1], select, rows[2], rows[3], 1e-6
+
+    return make
+
+
+def _run(x: Any, shift: Any, scale: Any, select: Any, shift0: Any, scale0: Any, eps: float) -> Any:
+    return layernorm_modulate(x, shift, scale, select=select, shift0=shift0, scale0=scale0, eps=eps)
+
+
+def _backward_arguments(shape: str) -> Any:
+    def make(dtype: torch.dtype, device: str, seed: int) -> Arguments:
+        x, _, scale, *_ = _arguments(shape, False)(dtype, device, seed)
+        grad = randn(*TOKENS[shape], dtype=dtype, device=device, seed=seed + 3)
+        return grad, x, scale, None, None, 1e-6
+
+    return make
+
+
+def _passes(shape: str, count: int) -> Any:
+    elements = torch.Size(TOKENS[shape]).numel()
+    return lambda itemsize: count * elements * itemsize
+
+
+def _backward(*arguments: Any) -> Any:
+    run = op._backward if op._backward.serves(arguments[0]) else op.reference_backward
+    return run(*arguments)
+
+
+CASES: dict[str, Case] = {}
+for _shape in TOKENS:
+    for _selected in (False, True):
+        CASES[f"forward {_shape}{' per frame' if _selected else ''}"] = Case(
+            _arguments(_shape, _selected), _run, op.reference, _passes(_shape, 2), dtypes=DTYPES
+        )
+    CASES[f"backward {_shape}"] = Case(
+        _backward_arguments(_shape),
+        _backward,
+        op.reference_backward,
+        _passes(_shape, 3),
+        dtypes=DTYPES,
+    )
+
+
+def _static(channels: int, selected: bool) -> Static:
     """Launch both kernels on meta tensors of 480p-2s, at any width."""
     batch, frames, patches, _ = TOKENS["480p-2s"]
-    meta = {"dtype": torch.bfloat16, "device": "meta"}
-    x = torch.empty(batch, frames, patches, channels, **meta)
-    row = torch.empty(batch, 6, channels, **meta)[:, 0]
+    x = torch.empty(batch, frames, patches, channels, dtype=torch.bfloat16, device="meta")
+    row = torch.empty(batch, 6, channels, dtype=torch.bfloat16, device="meta")[:, 0]
     select, other = None, None
     if selected:
         select, other = torch.empty(batch, frames, dtype=torch.bool, device="meta"), row
@@ -42,76 +89,7 @@ def static_case(channels: int, selected: bool) -> Static:
 
 
 STATIC = {
-    "480p-2s": static_case(1152, False),
-    "480p-2s per frame": static_case(1152, True),
-    "2048 wide": static_case(2048, True),
+    "480p-2s": _static(1152, False),
+    "480p-2s per frame": _static(1152, True),
+    "2048 wide": _static(2048, True),
 }
-
-
-def report(benchmark: BenchmarkFixture, times: dict[str, list[float]], copies: float) -> None:
-    """Print and record the kernel's speed over the reference and its share of copy bandwidth."""
-    ratios = testing.median_ratios(times, to="kernel")
-    benchmark.extra_info["times_faster_than_reference"] = round(ratios["reference"], 2)
-    benchmark.extra_info["fraction_of_copy_bandwidth"] = round(copies * ratios["copy"], 2)
-    print(f"\n{benchmark.name}: {benchmark.extra_info}")
-
-
-@each_kernel
-@each_dtype
-@each_shape
-@pytest.mark.parametrize("selected", [False, True])
-def bench_forward(
-    benchmark: BenchmarkFixture,
-    kernel: Implementation,
-    dtype: torch.dtype,
-    shape: str,
-    selected: bool,
-) -> None:
-    batch, frames, _, channels = TOKENS[shape]
-    x = randn(*TOKENS[shape], dtype=dtype, device=kernel.device)
-    rows = randn(batch, 6, channels, dtype=dtype, device=kernel.device, seed=1).unbind(1)
-    select, other = None, (None, None)
-    if selected:
-        select, other = randn(batch, frames, device=kernel.device, seed=2) > 0, rows[2:4]
-
-    def run() -> object:
-        return layernorm_modulate(
-            x, rows[0], rows[1], select=select, shift0=other[0], scale0=other[1]
-        )
-
-    with kernel.activate(), torch.no_grad():
-        benchmark(run)
-        times = testing.interleave(
-            {
-                "kernel": run,
-                "reference": lambda: op.reference(x, *rows[:2], select, *other, 1e-6),
-                "copy": x.clone,
-            }
-        )
-    report(benchmark, times, copies=1.0)
-
-
-@each_kernel
-@each_dtype
-@each_shape
-def bench_backward(
-    benchmark: BenchmarkFixture, kernel: Implementation, dtype: torch.dtype, shape: str
-) -> None:
-    batch, _, _, channels = TOKENS[shape]
-    x = randn(*TOKENS[shape], dtype=dtype, device=kernel.device).requires_grad_()
-    grad = randn(*TOKENS[shape], dtype=dtype, device=kernel.device, seed=3)
-    rows = randn(batch, 6, channels, dtype=dtype, device=kernel.device, seed=1)
-    shift, scale = rows[:, 0].requires_grad_(), rows[:, 1].requires_grad_()
-
-    def run() -> object:
-        return op._backward(grad, x, scale, None, None, 1e-6)
-
-    y = op.reference(x, shift, scale, None, None, None, 1e-6)
-
-    def reference() -> object:
-        return torch.autograd.grad(y, (x, shift, scale), grad, retain_graph=True)
-
-    with kernel.activate():
-        benchmark(run)
-        times = testing.interleave({"kernel": run, "reference": reference, "copy": grad.clone})
-    report(benchmark, times, copies=1.5)

@@ -1,0 +1,114 @@
+"""Test the bench machinery: the GPU command on a machine without one, and that it can fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import cases, gpu
+from opensora.testing import randn
+
+
+def arguments(dtype: torch.dtype, device: str, seed: int) -> cases.Arguments:
+    return (randn(8, 16, dtype=dtype, device=device, seed=seed),)
+
+
+def double_it(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def lose_the_last_row(x: Tensor) -> Tensor:
+    y = x * 2
+    y[-1] = x[-1]
+    return y
+
+
+def leave_a_row_unwritten(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    y[:-1] = x[:-1] * 2
+    return y
+
+
+def only(monkeypatch: pytest.MonkeyPatch, **found: cases.Case) -> None:
+    monkeypatch.setattr(gpu, "collect", lambda _: found)
+    monkeypatch.setattr(gpu, "build", lambda: "done")
+
+
+def test_the_gpu_command_runs_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent(_: Tensor) -> None:
+        raise ModuleNotFoundError("No module named 'peer'")
+
+    peers = {"same": double_it, "peer": absent}
+    case = cases.Case(arguments, double_it, double_it, lambda size: 256 * size, peers=peers)
+    only(monkeypatch, **{"double it": case})
+    assert gpu.main(["--no-tests", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "no GPU here" in printed
+    assert "1 cases, 0 wrong; tests of the ops: not run" in printed
+    summary = json.loads((tmp_path / "cpu.json").read_text())
+    (entry,) = summary["results"]
+    assert entry["correct"]
+    assert set(entry["ratios"]) == {"eager", "same"}
+    assert "No module named 'peer'" in entry["missing"]["peer"]
+    assert 0 < entry["share"] < 100
+    assert (tmp_path / "cpu.svg").read_text().startswith("<svg")
+
+
+def test_the_gpu_command_fails_on_a_wrong_kernel(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only(monkeypatch, wrong=cases.Case(arguments, lose_the_last_row, double_it))
+    assert gpu.main(["--no-tests"]) == 1
+    assert "WRONG: error" in capsys.readouterr().out
+
+
+def test_a_kernel_that_cannot_run_costs_only_its_own_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(_: Tensor) -> Any:
+        raise RuntimeError("out of resource: shared memory")
+
+    good = cases.Case(arguments, double_it, double_it)
+    only(monkeypatch, broken=cases.Case(arguments, broken, double_it), good=good)
+    assert gpu.main(["--no-tests"]) == 1
+    printed = capsys.readouterr().out
+    assert "broken bfloat16" in printed
+    assert "FAILED  RuntimeError: out of resource" in printed
+    assert "2 cases, 1 wrong" in printed
+
+
+def test_verifying_finds_memory_that_nobody_wrote() -> None:
+    case = cases.Case(arguments, leave_a_row_unwritten, double_it)
+    with pytest.raises(AssertionError):
+        cases.verify(case, torch.float32, "cpu")
+
+
+def test_verifying_finds_results_that_change() -> None:
+    calls = 0
+
+    def drifting(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x * 2 if calls < 3 else torch.nextafter(x * 2, torch.tensor(torch.inf))
+
+    case = cases.Case(arguments, drifting, double_it)
+    with pytest.raises(AssertionError, match="repeat 1 differs"):
+        cases.verify(case, torch.float32, "cpu")
+
+
+def test_every_op_has_cases_that_fit_a_cpu() -> None:
+    found = gpu.collect("")
+    for op in {name.split()[0] for name in found}:
+        small = [
+            name
+            for name, case in found.items()
+            if name.split()[0] == op and case.size(case.dtypes[0]) <= gpu.CPU_BYTES
+        ]
+        assert small, f"{op} has no case small enough for a machine without a GPU"
