@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from opensora.ops.cfg_rflow_step import cfg_rflow_step
 from opensora.ops.layernorm_modulate import layernorm_modulate
 
-__all__ = ["layernorm_modulate"]
+__all__ = ["cfg_rflow_step", "layernorm_modulate"]

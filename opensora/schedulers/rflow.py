@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from opensora.errors import UsageError
+from opensora.ops.cfg_rflow_step import cfg_rflow_step
 from opensora.schedulers.config import RFlowConfig
 from opensora.schedulers.noise import StepNoise
 from opensora.schedulers.timesteps import clip_sizes, timestep_transform
@@ -213,7 +214,8 @@ class RFlow(RFlowConfig):
         even if it is all ones: upstream does, so equal seeds stay equal.
 
         Args:
-            model: called as `model(z, t, y=..., **model_kwargs)`; t float32 [2B], y [2B, ...].
+            model: called as `model(z, t, y=..., **model_kwargs)`; t float32 [2B], y [2B, ...]. It
+                must not change z.
             z: initial noise (reference latents in masked frames) [B, C, T, H, W]; not changed.
             y: text states [B, 1, L, D].
             y_null: text states of the empty prompt [1 or B, 1, L, D]; needed unless g = 1.
@@ -224,7 +226,7 @@ class RFlow(RFlowConfig):
             mask: [B, T] in [0, 1], or None.
             noise: noise for masked runs: a function (step, z) -> tensor like z, a sequence with one
                 tensor a step, or None for torch.randn from the global generator of z's device.
-            callback: called after each step.
+            callback: called after each step; may change z in place.
 
         Returns:
             The latent [B, C, T, H, W], float32 or wider.
@@ -235,7 +237,7 @@ class RFlow(RFlowConfig):
         kwargs = dict(model_kwargs or {})
         guidance = float(self.cfg_scale if guidance_scale is None else guidance_scale)
         guided = guidance != 1.0
-        batch, channels = z.shape[:2]
+        batch = z.shape[0]
         if guided:
             if y_null is None:
                 raise UsageError("sampling with guidance needs y_null, the states of no prompt")
@@ -248,37 +250,75 @@ class RFlow(RFlowConfig):
             device=z.device,
         )
         steps = len(times)
+        after = torch.cat([times[1:], torch.zeros_like(times[:1])])
+        dt = (times - after) / self.num_timesteps
+        copies = 2 if guided else 1
+        model_times = times.repeat(1, copies)
         wide = torch.promote_types(z.dtype, torch.float32)
+        moves: list[Tensor] | list[None] = [None] * steps
+        joins: list[Tensor | None] = []
         if mask is not None:
-            mask = mask.to(device=z.device, dtype=torch.float32)
-            active = mask == 1
+            moves, joins = self._taking_part(mask.to(z.device), times)
+        x = torch.cat([z, z]) if guided else z
         for step, t in enumerate(times):
-            if mask is not None:
-                # `mask == 1`: rounding lifts the first transformed t of eight small image sizes to
-                # 1000.0001, and the original then skips a step.
-                x_mask = (mask * self.num_timesteps >= t[:, None]) | (mask == 1)
-                noised = self.add_noise(z, _draw(noise, step, z), t)
-                z = torch.where(_per_frame(x_mask & ~active), noised, z)
-                active = x_mask
-                kwargs["x_mask"] = torch.cat([x_mask, x_mask]) if guided else x_mask
-            before = z
-            x, time = (torch.cat([z, z]), torch.cat([t, t])) if guided else (z, t)
-            velocity = model(x, time, y=y, **kwargs)[:, :channels].to(wide)
-            if guided:
-                cond, uncond = velocity.chunk(2)
-                velocity = uncond + guidance * (cond - uncond)
-            after = times[step + 1] if step + 1 < steps else torch.zeros_like(t)
-            z = z + velocity * ((t - after) / self.num_timesteps).view(-1, 1, 1, 1, 1)
-            if mask is not None:
-                z = torch.where(_per_frame(x_mask), z, before)
+            moving = moves[step]
+            if moving is not None:
+                drawn, joining = _draw(noise, step, z), joins[step]
+                if joining is not None:
+                    z = torch.where(_per_frame(joining), self.add_noise(z, drawn, t), z)
+                if joining is not None or z.dtype != wide:
+                    z = z.to(wide)
+                    x = torch.cat([z, z]) if guided else z
+                kwargs["x_mask"] = moving.repeat(copies, 1)
+            velocity = model(x, model_times[step], y=y, **kwargs)
+            # The step writes the batch that the model sees next; the last one, the result alone.
+            x = cfg_rflow_step(
+                z.to(wide),
+                velocity,
+                guidance if guided else None,
+                dt[step],
+                mask=moving,
+                copies=copies if step + 1 < steps else 1,
+            )
+            z = x[:batch]
             if callback is not None:
+                version = _version(z)
                 callback(step, steps, t, z)
+                if version is None or _version(z) != version:
+                    x = torch.cat([z, z]) if guided else z
         return z
+
+    def _taking_part(self, mask: Tensor, times: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return for every step which frames take part and which of them join.
+
+        Waits for the device once: most steps see no frame join, and need not noise any.
+
+        Args:
+            mask: [B or 1, T] in [0, 1].
+            times: [steps, B].
+
+        Returns:
+            One bool [B, T] a step each; None in the second list where no frame joins.
+        """
+        mask = mask.float()
+        # `mask == 1`: rounding lifts the first transformed t of eight small image sizes to
+        # 1000.0001, and the original then skips a step.
+        always = mask == 1
+        moves = (mask * self.num_timesteps >= times[:, :, None]) | always
+        joins = moves & ~torch.cat([always.expand_as(moves[:1]), moves[:-1]])
+        some = joins.flatten(1).any(1).tolist()
+        joining = [frames if any_ else None for frames, any_ in zip(joins, some, strict=True)]
+        return list(moves), joining
 
 
 def _per_frame(mask: Tensor) -> Tensor:
     """View a frame mask [B, T] as [B, 1, T, 1, 1]."""
     return mask[:, None, :, None, None]
+
+
+def _version(z: Tensor) -> int | None:
+    """Return how often z was changed in place; None where torch does not count."""
+    return None if z.is_inference() else z._version
 
 
 def _draw(noise: StepNoise, step: int, z: Tensor) -> Tensor:

@@ -274,6 +274,39 @@ def test_callback_sees_every_step(request_3: dict[str, Any]) -> None:
     assert z.dtype == torch.float32
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("guidance", [1.0, 7.0])
+def test_callback_may_change_the_latent(
+    request_3: dict[str, Any], guidance: float, inference: bool
+) -> None:
+    model = Recorder()
+
+    def halve(step: int, steps: int, t: Tensor, z: Tensor) -> None:
+        if step == 1:
+            z *= 0.5
+            halved.append(z.clone())
+
+    halved: list[Tensor] = []
+    with torch.inference_mode(inference):
+        RFlow(num_sampling_steps=4).sample(
+            model, **request_3, guidance_scale=guidance, callback=halve
+        )
+    assert all(torch.equal(half, halved[0]) for half in model.x[2].split(3))
+    assert not torch.equal(model.x[3][:3], halved[0])
+
+
+def test_mask_of_one_row_serves_every_sample(request_3: dict[str, Any]) -> None:
+    mask = torch.tensor([[0.0, 0.3, 0.6, 1.0, 1.0]])
+    scheduler = RFlow(num_sampling_steps=6)
+
+    def run(mask: Tensor) -> Tensor:
+        return scheduler.sample(
+            toy_model, **request_3, mask=mask, noise=step_noise(1, batch=3), guidance_scale=3.0
+        )
+
+    assert torch.equal(run(mask), run(mask.expand(3, 5)))
+
+
 def test_low_precision_latent_is_sampled_in_float32(request_3: dict[str, Any]) -> None:
     request_3["z"] = request_3["z"].bfloat16()
     z = RFlow(num_sampling_steps=4).sample(toy_model, **request_3)
