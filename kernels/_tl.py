@@ -97,3 +97,46 @@ def normalise_row(head, tail, eps, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl
         tail = tl.where(HEAD + tl.arange(0, TAIL) < C, tail, 0.0)
     rstd = tl.rsqrt(sum_row(head * head, tail * tail, TAIL) / C + eps)
     return head * rstd, tail * rstd, rstd
+
+
+@triton.jit
+def load_tile(
+    rows_ptr,  # [M] first columns of dense rows [C]
+    seen,  # [M] rows to load
+    C: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Load rows as (head [M, HEAD], tail [M, TAIL]) of the pointer's dtype; other lanes are zero."""
+    columns = tl.arange(0, HEAD)[None, :]
+    if TAIL == 0:
+        mask = seen[:, None] & (columns < C)
+        head = tl.load(rows_ptr[:, None] + columns, mask=mask, other=0.0)
+        return head, head
+    else:
+        head = tl.load(rows_ptr[:, None] + columns, mask=seen[:, None], other=0.0)
+        rest = HEAD + tl.arange(0, TAIL)[None, :]
+        mask = seen[:, None] & (rest < C)
+        return head, tl.load(rows_ptr[:, None] + rest, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    rows_ptr,  # [M] first columns of dense rows [C]
+    seen,  # [M] rows to store
+    head,
+    tail,
+    C: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Store rows, rounded once to the pointer's dtype."""
+    columns = tl.arange(0, HEAD)[None, :]
+    head = head.to(rows_ptr.dtype.element_ty)
+    if TAIL == 0:
+        tl.store(rows_ptr[:, None] + columns, head, mask=seen[:, None] & (columns < C))
+    else:
+        tl.store(rows_ptr[:, None] + columns, head, mask=seen[:, None])
+        rest = HEAD + tl.arange(0, TAIL)[None, :]
+        tail = tail.to(rows_ptr.dtype.element_ty)
+        tl.store(rows_ptr[:, None] + rest, tail, mask=seen[:, None] & (rest < C))
