@@ -18,3 +18,9 @@ LATENTS = {  # of one request: C, T, H, W
     "480p-2s": (4, 15, 60, 106),
     "720p-16s": (4, 120, 90, 160),  # 720x1280, 408 frames; 864,000 tokens with guidance
 }
+
+ACTIVATIONS = {  # of the VAEs: B, C, T, H, W
+    "tiny": (1, 32, 5, 16, 16),
+    "128 wide": (1, 128, 17, 240, 424),  # 480x848 at half size
+    "512 wide": (1, 512, 5, 60, 106),  # the temporal VAE at 480x848, 17 frames
+}

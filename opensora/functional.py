@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from opensora.ops.cfg_rflow_step import cfg_rflow_step
 from opensora.ops.gate_residual import gate_residual
+from opensora.ops.groupnorm_silu import groupnorm_silu
 from opensora.ops.layernorm_modulate import layernorm_modulate
 
-__all__ = ["cfg_rflow_step", "gate_residual", "layernorm_modulate"]
+__all__ = ["cfg_rflow_step", "gate_residual", "groupnorm_silu", "layernorm_modulate"]
