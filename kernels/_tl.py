@@ -36,7 +36,8 @@ def offset(index, stride, INT64: tl.constexpr):
     """Return index * stride, in 64 bits where the host asks for it."""
     if INT64:
         return index.to(tl.int64) * stride
-    return index * stride
+    else:  # a bare return after it would be compiled too, and its type does not match
+        return index * stride
 
 
 @triton.jit
