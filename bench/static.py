@@ -46,13 +46,14 @@ class Static:
     useful: Callable[[str, dict[str, Any]], int] | None = None
 
 
-def cases() -> dict[str, Static]:
-    """Collect the cases of all ops: "<op> <case>" -> case."""
+def cases(only: str = "") -> dict[str, Static]:
+    """Collect the cases of ops whose name begins with `only`: "<op> <case>" -> case."""
     found: dict[str, Static] = {}
     for path in sorted((Path(__file__).parent / "ops").glob("bench_*.py")):
-        module = import_module(f"bench.ops.{path.stem}")
         op = path.stem.removeprefix("bench_")
-        found |= {f"{op} {name}": case for name, case in getattr(module, "STATIC", {}).items()}
+        if op.startswith(only):
+            module = import_module(f"bench.ops.{path.stem}")
+            found |= {f"{op} {name}": case for name, case in module.STATIC.items()}
     return found
 
 
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--update", action="store_true", help="write the baseline")
-    parser.add_argument("--only", default="", help="cases whose name begins so")
+    parser.add_argument("--only", default="", help="ops whose name begins so")
     args = parser.parse_args(argv)
     known = load() if BASELINE.exists() else {"triton": triton.__version__, "kernels": {}}
     if known["triton"] != triton.__version__ and not args.update:
@@ -120,9 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bad = 0
     columns = ("registers", "spills", "shared", "barriers", "instructions", "seconds")
     print(f"{'kernel':72}" + "".join(f"{name:>13}" for name in columns) + "  MACs  accesses")
-    for name, case in cases().items():
-        if not name.startswith(args.only):
-            continue
+    for name, case in cases(args.only).items():
         for kernel, launch in kernels(case):
             for capability in CAPABILITIES:
                 title = f"{name}: {kernel} sm_{capability}"
