@@ -6,5 +6,12 @@ from opensora.ops.cfg_rflow_step import cfg_rflow_step
 from opensora.ops.gate_residual import gate_residual
 from opensora.ops.groupnorm_silu import groupnorm_silu
 from opensora.ops.layernorm_modulate import layernorm_modulate
+from opensora.ops.patchify import patchify
 
-__all__ = ["cfg_rflow_step", "gate_residual", "groupnorm_silu", "layernorm_modulate"]
+__all__ = [
+    "cfg_rflow_step",
+    "gate_residual",
+    "groupnorm_silu",
+    "layernorm_modulate",
+    "patchify",
+]
