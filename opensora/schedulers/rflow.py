@@ -255,10 +255,12 @@ class RFlow(RFlowConfig):
         copies = 2 if guided else 1
         model_times = times.repeat(1, copies)
         wide = torch.promote_types(z.dtype, torch.float32)
-        moves: list[Tensor] | list[None] = [None] * steps
+        moves: list[Tensor | None] = [None] * steps
         joins: list[Tensor | None] = []
+        x_masks: list[Tensor] = []
         if mask is not None:
-            moves, joins = self._taking_part(mask.to(z.device), times)
+            taking_part, joins = self._taking_part(mask.to(z.device), times)
+            moves, x_masks = list(taking_part), list(taking_part.repeat(1, copies, 1))
         x = torch.cat([z, z]) if guided else z
         for step, t in enumerate(times):
             moving = moves[step]
@@ -269,7 +271,7 @@ class RFlow(RFlowConfig):
                 if joining is not None or z.dtype != wide:
                     z = z.to(wide)
                     x = torch.cat([z, z]) if guided else z
-                kwargs["x_mask"] = moving.repeat(copies, 1)
+                kwargs["x_mask"] = x_masks[step]
             velocity = model(x, model_times[step], y=y, **kwargs)
             # The step writes the batch that the model sees next; the last one, the result alone.
             x = cfg_rflow_step(
@@ -288,7 +290,7 @@ class RFlow(RFlowConfig):
                     x = torch.cat([z, z]) if guided else z
         return z
 
-    def _taking_part(self, mask: Tensor, times: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+    def _taking_part(self, mask: Tensor, times: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Return for every step which frames take part and which of them join.
 
         Waits for the device once: most steps see no frame join, and need not noise any.
@@ -298,7 +300,7 @@ class RFlow(RFlowConfig):
             times: [steps, B].
 
         Returns:
-            One bool [B, T] a step each; None in the second list where no frame joins.
+            Bool [steps, B, T], and for every step a bool [B, T], or None where no frame joins.
         """
         mask = mask.float()
         # `mask == 1`: rounding lifts the first transformed t of eight small image sizes to
@@ -308,7 +310,7 @@ class RFlow(RFlowConfig):
         joins = moves & ~torch.cat([always.expand_as(moves[:1]), moves[:-1]])
         some = joins.flatten(1).any(1).tolist()
         joining = [frames if any_ else None for frames, any_ in zip(joins, some, strict=True)]
-        return list(moves), joining
+        return moves, joining
 
 
 def _per_frame(mask: Tensor) -> Tensor:
