@@ -60,6 +60,7 @@ class TrainConfig:
         seed: Seed of weights, clips, captions, timesteps and noise.
         fps: Frame rate that the model is told.
         buckets: (num_frames, height, width, num_clips, batch_size, weight) of every clip size.
+        size_share: Share of captions that state the size, which is learned last.
         mixed_steps: How many of the last steps draw from all buckets; before, only the first one.
         steps: Optimizer steps.
         lr, adamw_lr, weight_decay: Step size of matrices (Muon), of all others (AdamW); decay of
@@ -82,6 +83,7 @@ class TrainConfig:
     seed: int = 42
     fps: float = 8.0
     buckets: tuple[tuple[float, ...], ...] = ((17, 64, 64, 16384, 64, 1.0),)
+    size_share: float = 0.4
     mixed_steps: int = 0
     steps: int = 4500
     lr: float = 2e-3
@@ -174,7 +176,10 @@ def train(config: TrainConfig) -> Path:
 
     vae.micro_batch_size = None
     digest = weights_digest(config.vae)
-    data = [ShapeLatents(b, vae, Path(config.outputs), config.seed, digest) for b in buckets]
+    data = [
+        ShapeLatents(b, vae, Path(config.outputs), config.seed, digest, config.size_share)
+        for b in buckets
+    ]
     vae.micro_batch_size = vae.config.micro_batch_size
     modules: dict[str, nn.Module] = {"transformer": model, "text_encoder": encoder.model}
     named = [(f"{n}.{k}", p) for n, m in modules.items() for k, p in m.named_parameters()]

@@ -20,10 +20,6 @@ from torch import Tensor
 from opensora.data.shapes import Scene, caption, combinations, render, sample_scene
 from opensora.models.vae import VideoAutoencoder
 
-#: Share of training captions that state the size. It is learned last: quality prompts state it in
-#: 40 %.
-SIZE_SHARE = 0.6
-
 
 @dataclass(frozen=True)
 class Bucket:
@@ -67,12 +63,19 @@ class ShapeLatents:
         folder: Where the latents are kept.
         seed: Makes the scenes.
         digest: Identifies the VAE's weights; latents of other weights are encoded anew.
+        size_share: Share of full captions that state the size.
     """
 
     def __init__(
-        self, bucket: Bucket, vae: VideoAutoencoder, folder: Path, seed: int, digest: str
+        self,
+        bucket: Bucket,
+        vae: VideoAutoencoder,
+        folder: Path,
+        seed: int,
+        digest: str,
+        size_share: float = 0.4,
     ) -> None:
-        self.bucket, self.seed = bucket, seed
+        self.bucket, self.seed, self.size_share = bucket, seed, size_share
         path = folder / f"latents-{bucket.name}.safetensors"
         key = json.dumps([digest, seed, bucket.num_clips])
         if path.exists():
@@ -118,11 +121,12 @@ class ShapeLatents:
         indices: Sequence[int] = [
             rng.randrange(self.bucket.num_clips) for _ in range(self.bucket.batch_size)
         ]
-        captions = [word(scene_of(self.bucket, self.seed, i), self.bucket, rng) for i in indices]
+        scenes = [scene_of(self.bucket, self.seed, i) for i in indices]
+        captions = [word(scene, self.bucket, rng, self.size_share) for scene in scenes]
         return self.latents[indices].float(), captions
 
 
-def word(scene: Scene, bucket: Bucket, rng: random.Random) -> str:
+def word(scene: Scene, bucket: Bucket, rng: random.Random, size_share: float = 0.4) -> str:
     """Word a scene; one caption in twelve leaves something out, pictures leave the motion out."""
     if bucket.num_frames == 1 or rng.random() < 1 / 24:
         return f"{rng.choice(('a ', ''))}{scene.colour} {scene.shape}"
@@ -130,4 +134,4 @@ def word(scene: Scene, bucket: Bucket, rng: random.Random) -> str:
         still = scene.motion == "still"
         moving = "that does not move" if still else f"moving {scene.motion.replace('-', ' and ')}"
         return f"a {rng.choice((scene.colour + ' shape', scene.shape))} {moving}"
-    return caption(scene, rng, SIZE_SHARE)[0]
+    return caption(scene, rng, size_share)[0]

@@ -1,4 +1,4 @@
-# The transformer and the byte-level text encoder of the embedded default.
+# The transformer and the byte-level text encoder of the embedded default: the first stage.
 vae = "outputs/tiny-vae/vae"
 outputs = "outputs/tiny"
 seed = 42
@@ -18,7 +18,7 @@ model = dict(
     qk_norm=True,
 )
 text_encoder = dict(max_length=120, d_model=128, d_ff=256, num_layers=2, num_heads=4)
-# Motion is decided near pure noise, so most training timesteps lie there.
+# The direction of a motion is decided between t = 700 and 900: most timesteps lie there.
 scheduler = dict(
     type="rflow",
     num_sampling_steps=25,
@@ -38,8 +38,9 @@ buckets = (
     (34, 64, 64, 768, 32, 0.06),
     (1, 64, 64, 1024, 192, 0.06),
 )
+size_share = 0.6
 mixed_steps = 800
-steps = 5600
+steps = 5400
 lr = 4e-3
 adamw_lr = 2e-3
 warmup_steps = 100
