@@ -152,7 +152,7 @@ def join_kernel(
         at = offset(batch * CHUNKS + chunks, 2 * C, INT64) + group * WIDTH + lanes
         means = tl.load(partial_ptr + at, mask=inside, other=0.0)
         # Pixels of each chunk: whole tiles, but for the one that holds the last tile.
-        pixels = (tiles - chunks + CHUNKS - 1) // CHUNKS * PIXELS
+        pixels = (tiles // CHUNKS + (chunks < tiles % CHUNKS).to(tl.int32)) * PIXELS
         pixels -= tl.where(chunks == (tiles - 1) % CHUNKS, tiles * PIXELS - P, 0)
         weight = tl.where(inside, pixels.to(tl.float32), 0.0)
         total = tl.sum(weight)
