@@ -108,7 +108,7 @@ def load_tile(
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """Load rows as (head [M, HEAD], tail [M, TAIL]) of the pointer's dtype; other lanes are zero."""
+    """Load rows in the pointer's dtype: head [M, HEAD], tail [M, TAIL]; other lanes are zero."""
     columns = tl.arange(0, HEAD)[None, :]
     if TAIL == 0:
         mask = seen[:, None] & (columns < C)
@@ -141,3 +141,35 @@ def store_tile(
         rest = HEAD + tl.arange(0, TAIL)[None, :]
         tail = tail.to(rows_ptr.dtype.element_ty)
         tl.store(rows_ptr[:, None] + rest, tail, mask=seen[:, None] & (rest < C))
+
+
+@triton.jit
+def sum_tile(head, tail, TAIL: tl.constexpr):
+    """Sum the columns of every row [M] of a tile whose lanes past the end are zero."""
+    total = tl.sum(head, axis=1)
+    if TAIL > 0:
+        total += tl.sum(tail, axis=1)
+    return total
+
+
+@triton.jit
+def even_columns(x):
+    """Return columns 0, 2, ... of x [M, W]."""
+    even, _ = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return even
+
+
+@triton.jit
+def rotate_pairs(x, cos, sin):
+    """Rotate the pairs (2i, 2i + 1) of x [M, W] by angles [M or 1, W / 2]."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), x.shape)
+
+
+@triton.jit
+def rotate_tile(x, x_tail, cos, cos_tail, sin, sin_tail, TAIL: tl.constexpr):
+    """Rotate the pairs of every row of a tile by angles [M or 1, columns / 2]."""
+    if TAIL == 0:
+        return rotate_pairs(x, cos, sin), x_tail
+    else:
+        return rotate_pairs(x, cos, sin), rotate_pairs(x_tail, cos_tail, sin_tail)

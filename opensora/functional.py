@@ -7,6 +7,7 @@ from opensora.ops.gate_residual import gate_residual
 from opensora.ops.groupnorm_silu import groupnorm_silu
 from opensora.ops.layernorm_modulate import layernorm_modulate
 from opensora.ops.patchify import patchify
+from opensora.ops.qk_norm_rope import qk_norm_rope
 
 __all__ = [
     "cfg_rflow_step",
@@ -14,4 +15,5 @@ __all__ = [
     "groupnorm_silu",
     "layernorm_modulate",
     "patchify",
+    "qk_norm_rope",
 ]
