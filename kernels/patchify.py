@@ -290,8 +290,9 @@ def input_backward(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def _tokens(x: Tensor, weight: Tensor) -> int:
     """Return N, the tokens of a sample."""
-    patches = (triton.cdiv(n, p) for n, p in zip(x.shape[2:], weight.shape[2:], strict=True))
-    frames, lines, columns = patches
+    frames, lines, columns = (
+        -(-n // p) for n, p in zip(x.shape[2:], weight.shape[2:], strict=True)
+    )
     return frames * lines * columns
 
 
