@@ -8,6 +8,7 @@ from opensora.ops.groupnorm_silu import groupnorm_silu
 from opensora.ops.layernorm_modulate import layernorm_modulate
 from opensora.ops.patchify import patchify
 from opensora.ops.qk_norm_rope import qk_norm_rope
+from opensora.ops.residual_layernorm_modulate import residual_layernorm_modulate
 
 __all__ = [
     "cfg_rflow_step",
@@ -16,4 +17,5 @@ __all__ = [
     "layernorm_modulate",
     "patchify",
     "qk_norm_rope",
+    "residual_layernorm_modulate",
 ]
