@@ -63,9 +63,12 @@ for _shape in TOKENS:
     )
 
 
-def _static(channels: int, selected: bool, dtype: torch.dtype = torch.bfloat16) -> Static:
-    """Launch both kernels on meta tensors of 480p-2s, at any width."""
+def _static(
+    channels: int, selected: bool, dtype: torch.dtype = torch.bfloat16, longer: int = 1
+) -> Static:
+    """Launch both kernels on meta tensors of 480p-2s, at any width and as long as asked."""
     batch, frames, patches, _ = TOKENS["480p-2s"]
+    patches *= longer
     x = torch.empty(batch, frames, patches, channels, dtype=dtype, device="meta")
     gate = torch.empty(batch, 6, channels, dtype=dtype, device="meta")[:, 0]
     select, other = None, None
@@ -84,4 +87,5 @@ STATIC = {
     "480p-2s per frame": _static(1152, True),
     "480p-2s float32": _static(1152, False, torch.float32),
     "2048 wide": _static(2048, True),
+    "64-bit offsets": _static(1152, True, longer=40),
 }
