@@ -9,6 +9,7 @@ from opensora.ops.layernorm_modulate import layernorm_modulate
 from opensora.ops.patchify import patchify
 from opensora.ops.qk_norm_rope import qk_norm_rope
 from opensora.ops.residual_layernorm_modulate import residual_layernorm_modulate
+from opensora.ops.spatial_attention import spatial_attention
 
 __all__ = [
     "cfg_rflow_step",
@@ -18,4 +19,5 @@ __all__ = [
     "patchify",
     "qk_norm_rope",
     "residual_layernorm_modulate",
+    "spatial_attention",
 ]
