@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from opensora.ops.cfg_rflow_step import cfg_rflow_step
+from opensora.ops.cross_attention import cross_attention
 from opensora.ops.gate_residual import gate_residual
 from opensora.ops.groupnorm_silu import groupnorm_silu
 from opensora.ops.layernorm_modulate import layernorm_modulate
@@ -13,6 +14,7 @@ from opensora.ops.spatial_attention import spatial_attention
 
 __all__ = [
     "cfg_rflow_step",
+    "cross_attention",
     "gate_residual",
     "groupnorm_silu",
     "layernorm_modulate",
