@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from opensora.ops.causal_conv3d import causal_conv3d
 from opensora.ops.cfg_rflow_step import cfg_rflow_step
 from opensora.ops.cross_attention import cross_attention
 from opensora.ops.gate_residual import gate_residual
@@ -13,6 +14,7 @@ from opensora.ops.residual_layernorm_modulate import residual_layernorm_modulate
 from opensora.ops.spatial_attention import spatial_attention
 
 __all__ = [
+    "causal_conv3d",
     "cfg_rflow_step",
     "cross_attention",
     "gate_residual",

@@ -1,0 +1,240 @@
+"""Convolve in space and time without a padded copy, and add the bias and the residual.
+
+    y[n, co, t, h, w] = bias[co] + residual[n, co, t, h, w] + sum over ci and taps i, j, k of
+        weight[co, ci, i, j, k] * a[n, ci, t * st + i - pt, h * sh + j - ph, w * sw + k - pw]
+
+where a is x, or silu(group norm of x) with `norm`, and zero outside. An axis with kernel k and
+stride s gets max(k - s, 0) zeros: time all of them in front, height and width half of them
+(rounded down) in front and the rest behind.
+Kernels: Triton on CUDA for the forward (`kernels/causal_conv3d.py`); the backward is the library's.
+For the convolutions of the temporal VAE, and with kt = 1 for those of the 2D VAE.
+Axes: B batch, I input channels, O output channels, G groups, T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opensora.ops._channels_last import channels_last
+from opensora.ops._library import Op, needs_grad
+
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "cuda": (torch.float32, torch.bfloat16, torch.float16)
+}
+
+
+_Norm = Sequence[Tensor]  # mean_rstd [B, G, 2], weight [I], bias [I]; or nothing
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm: _Norm,
+    stride: list[int],
+) -> Tensor:
+    """Compute the op in plain PyTorch: normalise, pad, convolve, add."""
+    padded, symmetric = _pad(normalise(x, *norm) if norm else x, weight, stride)
+    y = F.conv3d(padded, weight, bias, stride, symmetric)
+    return y if residual is None else residual + y
+
+
+def normalise(x: Tensor, mean_rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply GroupNorm, whose statistics are given, and SiLU in float32; round once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    statistics = mean_rstd.to(wide).repeat_interleave(x.shape[1] // mean_rstd.shape[1], dim=1)
+    mean, rstd = statistics[..., None, None, None].unbind(2)  # [B, I, 1, 1, 1]
+    factor, shift = (row.to(wide).view(-1, 1, 1, 1) for row in (weight, bias))
+    return F.silu((x.to(wide) - mean) * (rstd * factor) + shift).to(x.dtype)
+
+
+def reference_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    needed: tuple[bool, ...] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return dx, dweight and dbias by the library's convolutions, None where not needed.
+
+    Time is padded by a copy of x, if it is padded: the library's own padding is symmetric.
+    """
+    padded, symmetric = _pad(x, weight, stride)
+    dpadded, dweight, dbias = torch.ops.aten.convolution_backward(
+        grad, padded, weight, [weight.shape[0]], stride, symmetric, [1, 1, 1], False, [0] * 3, 1,
+        needed,
+    )  # fmt: skip
+    if needed[0] and padded is not x:
+        front, height, width = padded.shape[2] - x.shape[2], x.shape[3], x.shape[4]
+        dpadded = dpadded[:, :, front:, :height, :width]
+    return dpadded, dweight, dbias
+
+
+def output_size(x: Tensor, weight: Tensor, stride: list[int]) -> list[int]:
+    """Return [B, O, T', H', W']: n + k - s pixels, or n where s > k, hold (that - k) // s + 1."""
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, strict=True)
+    return [x.shape[0], weight.shape[0], *[(n + max(k - s, 0) - k) // s + 1 for n, k, s in sizes]]
+
+
+def _pad(x: Tensor, weight: Tensor, stride: list[int]) -> tuple[Tensor, list[int]]:
+    """Pad what the library cannot; return the padded x and the symmetric padding that is left."""
+    front, *zeros = (max(k - s, 0) for k, s in zip(weight.shape[2:], stride, strict=True))
+    behind = [n % 2 for n in zeros]  # the one that has no partner in front, and then no pair either
+    if front or any(behind):
+        x = F.pad(x, (0, behind[1], 0, behind[0], front, 0))
+    return x, [0, *[n // 2 for n in zeros]]
+
+
+def _fake_forward(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    size = output_size(x, weight, others[-1])
+    layout = torch.channels_last_3d
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+# x, weight and residual are channels_last_3d; norm is [mean_rstd (float32), weight, bias] or [].
+_forward = Op(
+    "causal_conv3d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
+    "Tensor[] norm, int[3] stride) -> Tensor",
+    fake=_fake_forward,
+    dtypes=DTYPES,
+    cuda="opensora.kernels.causal_conv3d:forward",
+)
+
+
+class _CausalConv3d(torch.autograd.Function):
+    """Save x and the weight; the residual's gradient is the gradient itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Any, residual: Any, stride: list[int]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        y: Tensor = _forward(x, weight, bias, residual, [], stride)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        *needed, residual, _ = ctx.needs_input_grad
+        gradients = reference_backward(grad, x, weight, ctx.stride, tuple(needed))
+        return (*gradients, grad if residual else None, None)
+
+
+def causal_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, int, int] = (1, 1, 1),
+    residual: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Convolve `x` so that a frame depends on itself and earlier frames; add bias and residual.
+
+    Products are summed up in float32 (float64 for float64 input); a kernel rounds once, after
+    bias and residual. It moves no padded or unfolded copy and, of any size, allocates the result
+    alone. Deterministic in the forward. Differentiable once, by the library's convolutions, in
+    all tensors; what needs a gradient is normalised by a pass of its own.
+
+    Args:
+        x: [B, I, T, H, W], floating point. A kernel copies what is not in channels_last_3d memory
+            format; the same holds for `weight` and `residual`.
+        weight: [O, I, kt, kh, kw] of x's dtype; each of kt, kh, kw is 1 or 3.
+        bias: [O] of x's dtype.
+        stride: (st, sh, sw), each 1 or 2. Zeros: kt - st in front of the first frame; at stride 1
+            half of kh - 1 above and below; at stride 2 all of kh - 2 below. Width like height.
+        residual: Added to the result; of its shape and dtype.
+        norm: (mean_rstd, weight, bias) of a GroupNorm that is applied to x, and SiLU after it:
+            mean and 1 / sqrt(var + eps) of the groups, [B, G, 2] float32 (float64 for float64 x),
+            as `groupnorm_silu`'s op returns them; factor and shift of the channels, [I] of x's
+            dtype. The zeros around x stay zero. It saves the memory of the normalised x, not
+            time: see the kernel's file.
+
+    Returns:
+        [B, O, T', H', W'] of x's dtype; of a kernel in channels_last_3d memory format. At stride 1
+        T' = T, at stride 2 and kernel 3 it is T // 2.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together.
+        NotImplementedError: `OPENSORA_KERNELS=require`, and no kernel takes `x`.
+
+    Source: Yu et al., 2023, Language Model Beats Diffusion (MAGVIT-v2); Open-Sora 1.2's strides.
+    """
+    _check(x, weight, bias, residual, norm or (), stride)
+    if not _forward.serves(x):
+        return reference(x, weight, bias, residual, norm or (), list(stride))
+    recorded = needs_grad(x, weight, bias, residual, *(norm or ()))
+    if recorded and norm is not None:
+        x, norm = normalise(x, *norm), None
+    x, weight = channels_last(x), channels_last(weight)
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else channels_last(residual)
+    y: Tensor
+    if recorded:
+        run: Any = _CausalConv3d.apply
+        y = run(x, weight, bias, residual, list(stride))
+    else:
+        y = _forward(x, weight, bias, residual, [t.contiguous() for t in norm or ()], list(stride))
+    return y
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm: _Norm,
+    stride: tuple[int, int, int],
+) -> None:
+    """Raise ValueError, with what was expected and what came, where arguments do not fit."""
+    if x.dim() != 5 or not x.is_floating_point():
+        raise ValueError(f"x must be float [B, I, T, H, W], got {_describe(x)}")
+    batch, inputs = x.shape[:2]
+    if weight.dim() != 5 or weight.shape[1] != inputs or {*weight.shape[2:]} - {1, 3}:
+        raise ValueError(
+            f"weight must be [O, I = {inputs}, kt, kh, kw] with kernels of 1 or 3, "
+            f"got {_describe(weight)}"
+        )
+    if len(stride) != 3 or {*stride} - {1, 2}:
+        raise ValueError(f"stride must be (st, sh, sw), each 1 or 2, got {stride}")
+    size = output_size(x, weight, list(stride))
+    if min(size[2:]) < 1:
+        raise ValueError(
+            f"x {list(x.shape)} has too few frames or pixels for kernel {list(weight.shape[2:])} "
+            f"and stride {list(stride)}"
+        )
+    dtype = x.dtype
+    expected = [
+        ("weight", weight, [*weight.shape], dtype),
+        ("bias", bias, size[1:2], dtype),
+        ("residual", residual, size, dtype),
+    ]
+    if norm:
+        groups = norm[0].shape[1] if norm[0].dim() == 3 else 0
+        if groups < 1 or inputs % groups != 0:
+            raise ValueError(
+                f"mean_rstd must be [B, G, 2] with G that divides I = {inputs}, "
+                f"got {_describe(norm[0])}"
+            )
+        statistics = torch.promote_types(dtype, torch.float32)
+        expected += [
+            ("mean_rstd", norm[0], [batch, groups, 2], statistics),
+            ("norm's weight", norm[1], [inputs], dtype),
+            ("norm's bias", norm[2], [inputs], dtype),
+        ]
+    for name, t, shape, wanted in expected:
+        if t is not None and ([*t.shape] != shape or t.dtype != wanted or t.device != x.device):
+            raise ValueError(f"{name} must be {wanted} {shape} on {x.device}, got {_describe(t)}")
+
+
+def _describe(t: Tensor) -> str:
+    return f"{t.dtype} {list(t.shape)} on {t.device}"
