@@ -249,6 +249,16 @@ def test_extreme_values(implementation: Implementation, norm: bool, dtype: torch
 
 
 @each_implementation
+def test_weights_past_the_end_may_overflow(implementation: Implementation) -> None:
+    """Scores near -130 make exp(0 - lse) infinite in the lanes past the end of a tile of keys."""
+    args = arguments((1, 1, 35, 1, 24), torch.float32, True, implementation.device)
+    spread = args[0].detach().abs()
+    spread[..., 1, :, :] *= -1
+    weights = [(w.detach().abs() * 6).requires_grad_() for w in args[1:3]]
+    check(implementation, [spread.requires_grad_(), *weights, args[3]])
+
+
+@each_implementation
 def test_results_are_deterministic(implementation: Implementation) -> None:
     args = arguments((1, 2, 70, 2, 72), TYPES[-1], True, implementation.device)
     grad = randn(1, 2, 70, 144, seed=4)
