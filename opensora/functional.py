@@ -12,6 +12,7 @@ from opensora.ops.patchify import patchify
 from opensora.ops.qk_norm_rope import qk_norm_rope
 from opensora.ops.residual_layernorm_modulate import residual_layernorm_modulate
 from opensora.ops.spatial_attention import spatial_attention
+from opensora.ops.temporal_attention import temporal_attention
 
 __all__ = [
     "causal_conv3d",
@@ -24,4 +25,5 @@ __all__ = [
     "qk_norm_rope",
     "residual_layernorm_modulate",
     "spatial_attention",
+    "temporal_attention",
 ]

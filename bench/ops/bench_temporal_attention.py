@@ -1,0 +1,107 @@
+"""Measure `temporal_attention` at the models' shapes.
+
+The forward reads q, k and v and writes y; the backward reads them and the gradient of y and writes
+theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bench.cases import Arguments, Case
+from bench.shapes import FRAMES
+from bench.static import Static
+from opensora.functional import temporal_attention
+from opensora.kernels import temporal_attention as triton_kernels
+from opensora.nn import RotaryEmbedding
+from opensora.ops import temporal_attention as op
+from opensora.testing import randn
+
+
+def _arguments(shape: str) -> Any:
+    batch, frames, patches, heads, width = FRAMES[shape]
+
+    def make(dtype: torch.dtype, device: str, seed: int) -> Arguments:
+        qkv = randn(batch, frames, patches, 3, heads, width, dtype=dtype, device=device, seed=seed)
+        weights = randn(2, width, dtype=dtype, device=device, seed=seed + 1).unbind(0)
+        return qkv, *weights, *RotaryEmbedding(width).to(device, dtype).table(frames), 1e-6
+
+    return make
+
+
+def _run(qkv: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: float) -> Any:
+    return temporal_attention(qkv, q_weight, k_weight, (cos, sin), eps=eps)
+
+
+def _backward_arguments(shape: str) -> Any:
+    batch, frames, patches, heads, width = FRAMES[shape]
+
+    def make(dtype: torch.dtype, device: str, seed: int) -> Arguments:
+        sizes = (batch, frames, patches, heads * width)
+        grad = randn(*sizes, dtype=dtype, device=device, seed=seed + 2)
+        return grad, *_arguments(shape)(dtype, device, seed)
+
+    return make
+
+
+def _backward(*arguments: Any) -> Any:
+    run = op._backward if op._backward.serves(arguments[0]) else op.reference_backward
+    return run(*arguments)
+
+
+def _passes(shape: str, count: int) -> Any:
+    """Count passes over q, k or v alone."""
+    elements = torch.Size(FRAMES[shape]).numel()
+    return lambda itemsize: count * elements * itemsize
+
+
+CASES: dict[str, Case] = {}
+for _shape in FRAMES:
+    CASES[f"forward {_shape}"] = Case(
+        _arguments(_shape), _run, op.reference, _passes(_shape, 4), dtypes=(torch.bfloat16,)
+    )
+    CASES[f"backward {_shape}"] = Case(
+        _backward_arguments(_shape), _backward, op.reference_backward, _passes(_shape, 7)
+    )
+
+#: Products of M x N x D in the text of each kernel; N is M unless it is given.
+PRODUCTS = {
+    "forward_kernel": 2,
+    "backward_kernel": 5,
+    "query_gradient_kernel": 5,  # q k' in both sweeps
+    "key_gradient_kernel": 4,
+}
+
+
+def _useful(kernel: str, constants: dict[str, Any]) -> int:
+    """Count a tile's products without the padding of D; that of T is the tile's, and not gated."""
+    rows = int(constants["M"])
+    return PRODUCTS[kernel] * rows * int(constants.get("N", rows)) * int(constants["D"])
+
+
+def _static(shape: str, width: int = 72, dtype: torch.dtype = torch.bfloat16) -> Static:
+    """Launch the kernels on meta tensors of a shape, at any width of heads."""
+    batch, frames, patches, heads, _ = FRAMES[shape]
+    qkv = torch.empty(batch, frames, patches, 3, heads, width, dtype=dtype, device="meta")
+    dy = torch.empty(batch, frames, patches, heads * width, dtype=dtype, device="meta")
+    weight = torch.empty(width, dtype=dtype, device="meta")
+    table = torch.empty(frames, width, dtype=dtype, device="meta")
+    arguments = (qkv, weight, weight, table, table, 1e-6)
+
+    def launch() -> None:
+        triton_kernels.forward(*arguments)
+        triton_kernels.backward(dy, *arguments)
+
+    return Static(launch, _useful)
+
+
+STATIC = {
+    "480p-2s": _static("480p-2s"),
+    "480p-2s float32": _static("480p-2s", dtype=torch.float32),
+    "480p-2s, 128 wide": _static("480p-2s", 128),
+    "144p-4s": _static("144p-4s"),
+    "144p-8s": _static("144p-8s"),
+    "144p-16s": _static("144p-16s"),
+}

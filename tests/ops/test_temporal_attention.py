@@ -1,0 +1,387 @@
+"""Test `temporal_attention`: every implementation against the reference in float64."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from opensora import testing
+from opensora.functional import temporal_attention
+from opensora.kernels import temporal_attention as kernels
+from opensora.nn import Attention, RotaryEmbedding
+from opensora.ops import temporal_attention as op
+from opensora.testing import Implementation, assert_as_exact_as, double, randn
+
+# B, T, S, H, D. STDiT3-XL's 15 frames; tiles of 16, 4 and 2 patches with patches left over; tiles
+# of 16, 32 and 64 rows, full, with one row and with all but one. LONG: two and three blocks of 64.
+SHAPES = [
+    (1, 15, 2, 2, 72),
+    (2, 1, 17, 1, 32),
+    (1, 3, 5, 2, 40),
+    (1, 5, 3, 1, 10),
+    (1, 16, 1, 1, 64),
+    (1, 17, 2, 1, 96),
+    (1, 63, 1, 1, 16),
+    (1, 64, 1, 1, 72),
+]
+LONG = [(2, 65, 2, 1, 16), (1, 130, 1, 2, 24)]
+TYPES = [torch.float32, torch.bfloat16]
+MODES = ["both", "norm", "rotary", "neither"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@contextmanager
+def dispatched() -> Iterator[None]:
+    """Run the bare ops on the CPU, on the reference: tests schemas, fakes and autograd."""
+    with torch.library._scoped_library("opensora", "IMPL") as library:
+        library.impl(op._forward.name, op.reference, "CPU")
+        library.impl(op._backward.name, op.reference_backward, "CPU")
+        with (
+            mock.patch.dict(op._forward._kernels, {"cpu": "a test's"}),
+            mock.patch.dict(op.DTYPES, {"cpu": op.DTYPES["cuda"]}),
+            testing.require(),
+        ):
+            yield
+
+
+# No C++ takes this op, and interpreted Triton takes what CUDA would: float32 here, since its
+# products of bfloat16 are not those of a GPU.
+IMPLEMENTATIONS = [i for i in testing.implementations() if not i.name.startswith("C++")]
+if INTERPRETED:
+    op.DTYPES["cpu"] = op.DTYPES["cuda"]
+    TYPES = [torch.float32]
+else:
+    IMPLEMENTATIONS.append(Implementation("dispatched", "cpu", dispatched))
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", TYPES, ids=str)
+each_mode = pytest.mark.parametrize("mode", MODES)
+
+
+def arguments(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    mode: str = "both",
+    device: str = "cpu",
+    wide: torch.dtype | None = None,
+) -> list[Any]:
+    """Return the arguments of the op's reference; frames are rotated by random angles."""
+    batch, frames, patches, heads, width = shape
+    qkv = randn(batch, frames, patches, 3, heads, width, seed=1)
+    q_weight, k_weight, cos, sin = None, None, None, None
+    if mode in ("both", "norm"):
+        q_weight, k_weight = (
+            (randn(width, seed=s) * 0.3 + 1).to(device, wide or dtype).requires_grad_()
+            for s in (2, 3)
+        )
+    if mode in ("both", "rotary"):
+        angles = (randn(frames, width // 2, seed=4) * 3).repeat_interleave(2, dim=-1)
+        cos, sin = (t.to(device, wide or dtype) for t in (angles.cos(), angles.sin()))
+    return [qkv.to(device, dtype).requires_grad_(), q_weight, k_weight, cos, sin, 1e-6]
+
+
+def call(args: list[Any]) -> Tensor:
+    qkv, q_weight, k_weight, cos, sin, eps = args
+    rotary = None if cos is None else (cos, sin)
+    return temporal_attention(qkv, q_weight, k_weight, rotary, eps=eps)
+
+
+def gradients(y: Tensor, args: list[Any], grad: Tensor) -> tuple[Tensor, ...]:
+    inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    return torch.autograd.grad(y, inputs, grad.to(y.device, y.dtype))
+
+
+def assert_matches(args: list[Any], implementation: Implementation) -> None:
+    """Compare value and gradients with float64: those of q and k together, and of both weights."""
+    batch, frames, patches, _, heads, width = args[0].shape
+    grad = randn(batch, frames, patches, heads * width, seed=6).to(args[0].dtype)
+    with implementation.activate():
+        y = call(args)
+        actual = gradients(y, args, grad)
+    working, truth = op.reference(*args), op.reference(*(exact := double(args)))
+    assert_as_exact_as(working, y, truth)
+    found = (gradients(working, args, grad), actual, gradients(truth, exact, grad))
+    assert_as_exact_as(*(dqkv[:, :, :, :2] for dqkv, *_ in found))
+    assert_as_exact_as(*(dqkv[:, :, :, 2] for dqkv, *_ in found))
+    if len(actual) > 1:
+        assert_as_exact_as(*(torch.stack(dweights) for _, *dweights in found))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_dtype
+@each_implementation
+def test_forward_and_backward_match_reference(
+    implementation: Implementation, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    assert_matches(arguments(shape, dtype, "both", implementation.device), implementation)
+
+
+@pytest.mark.parametrize("shape", LONG, ids=str)
+@each_dtype
+@each_implementation
+def test_more_frames_than_a_tile_match_reference(
+    implementation: Implementation, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    assert_matches(arguments(shape, dtype, "neither", implementation.device), implementation)
+
+
+@each_dtype
+@each_mode
+@each_implementation
+def test_norm_and_rotation_are_options(
+    implementation: Implementation, mode: str, dtype: torch.dtype
+) -> None:
+    assert_matches(arguments((1, 5, 3, 1, 18), dtype, mode, implementation.device), implementation)
+
+
+@pytest.mark.parametrize("mode", MODES[:3])
+@each_dtype
+@each_implementation
+def test_norm_and_rotation_are_options_of_blocks_too(
+    implementation: Implementation, dtype: torch.dtype, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "MOST_FRAMES", 16)
+    args = arguments((1, 18, 1, 1, 6), dtype, mode, implementation.device)
+    # Strided as well: the backward of blocks makes a dense copy.
+    every_other = torch.stack((args[0], -args[0]), dim=2).flatten(2, 3)[:, :, ::2]
+    args[0] = every_other.detach().requires_grad_()
+    assert_matches(args, implementation)
+
+
+@each_implementation
+def test_weights_and_table_may_be_wider(implementation: Implementation) -> None:
+    args = arguments((1, 4, 2, 1, 72), TYPES[-1], "both", implementation.device, torch.float32)
+    assert_matches(args, implementation)
+    with implementation.activate():
+        y = call(args)
+        _, dq_weight, dk_weight = gradients(y, args, torch.ones(y.shape))
+    assert y.dtype == TYPES[-1]
+    assert dq_weight.dtype == dk_weight.dtype == torch.float32
+
+
+@each_implementation
+def test_gradients_of_weights_add_up_over_programs(implementation: Implementation) -> None:
+    args = arguments((2, 3, 6, 2, 8), device=implementation.device)  # of 8, two of them not full
+    assert_matches(args, implementation)
+
+
+def test_equals_the_attention_module() -> None:
+    batch, frames, patches, heads, width = 2, 5, 3, 2, 24
+    channels = heads * width
+    module = Attention(channels, heads, qk_norm=True)
+    module.q_norm.weight.data = randn(width, seed=2)
+    module.k_norm.weight.data = randn(width, seed=3)
+    table = RotaryEmbedding(width).table(frames)
+    x = randn(batch, frames, patches, channels, seed=1)
+    expected = module(x.transpose(1, 2).reshape(-1, frames, channels), table)
+    qkv = module.qkv(x).unflatten(-1, (3, heads, width))
+    y = module.proj(temporal_attention(qkv, module.q_norm.weight, module.k_norm.weight, table))
+    expected = expected.view(batch, patches, frames, channels).transpose(1, 2)
+    torch.testing.assert_close(y, expected)
+
+
+@each_mode
+def test_reference_backward_equals_autograd(mode: str) -> None:
+    args = double(arguments((2, 3, 2, 2, 6), mode=mode))
+    grad = randn(2, 3, 2, 12, dtype=torch.float64, seed=6)
+    dqkv, *dweights = gradients(op.reference(*args), args, grad)
+    mine, both = op.reference_backward(grad, *args)
+    torch.testing.assert_close(mine, dqkv)
+    if dweights:
+        torch.testing.assert_close(both, torch.stack(dweights))
+    else:
+        assert both.shape == (2, 0)
+
+
+@each_mode
+def test_gradcheck(mode: str) -> None:
+    args = double(arguments((1, 3, 2, 2, 4), mode=mode))
+    assert torch.autograd.gradcheck(lambda *a: call(list(a)), args)
+
+
+@each_implementation
+@given(
+    batch=st.integers(1, 2),
+    frames=st.integers(1, 20),
+    patches=st.integers(1, 3),
+    heads=st.integers(1, 2),
+    pairs=st.integers(1, 20),
+    mode=st.sampled_from(MODES),
+)
+@settings(max_examples=6, deadline=None, derandomize=True)
+def test_any_shape(
+    implementation: Implementation,
+    batch: int,
+    frames: int,
+    patches: int,
+    heads: int,
+    pairs: int,
+    mode: str,
+) -> None:
+    shape = (batch, frames, patches, heads, 2 * pairs)
+    assert_matches(arguments(shape, mode=mode, device=implementation.device), implementation)
+
+
+@each_implementation
+def test_a_patch_is_alone(implementation: Implementation) -> None:
+    for shape in ((1, 5, 3, 2, 10), (1, 9, 2, 1, 10)):
+        args = arguments(shape, device=implementation.device)
+        with implementation.activate(), torch.no_grad():
+            y = call(args)
+            single = [args[0][:, :, 1:2, :, -1:], *args[1:]]
+            one = call(single)
+        torch.testing.assert_close(one, y[:, :, 1:2, -10:], rtol=0, atol=1e-5)
+
+
+@each_implementation
+def test_strided_input(implementation: Implementation) -> None:
+    args = arguments((2, 4, 3, 2, 8), device=implementation.device)
+    dense = args[0].detach()
+    grad = randn(2, 4, 3, 16, seed=6).transpose(1, 2).contiguous().transpose(1, 2)
+    by_patch = dense.transpose(1, 2).contiguous().transpose(1, 2)
+    every_other = torch.stack((dense, -dense), dim=3).flatten(2, 3)[:, :, ::2]
+    scattered = torch.stack((dense, -dense), dim=-1).flatten(-2)[..., ::2]
+    one_sample = dense[:1].expand(2, 4, 3, 3, 2, 8)
+    with implementation.activate():
+        for view in (by_patch, every_other, scattered, one_sample):
+            strided = [view.detach().requires_grad_(), *args[1:]]
+            plain = [view.contiguous().requires_grad_(), *args[1:]]
+            y, expected = call(strided), call(plain)
+            assert torch.equal(y, expected)
+            assert y.is_contiguous()
+            for one, other in zip(
+                gradients(y, strided, grad), gradients(expected, plain, grad), strict=True
+            ):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@each_implementation
+def test_strided_weights_and_table(implementation: Implementation) -> None:
+    args = arguments((1, 3, 2, 1, 8), device=implementation.device)
+    strided = [args[0], *(randn(16, seed=s)[::2].to(args[0].device) for s in (7, 8))]
+    strided += [t.T.contiguous().T for t in args[3:5]] + [1e-6]
+    dense = [a.contiguous() if isinstance(a, Tensor) else a for a in strided]
+    with implementation.activate(), torch.no_grad():
+        assert torch.equal(call(strided), call(dense))
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 5, 2, 8), (2, 0, 5, 2, 8), (2, 3, 0, 2, 8), (1, 70, 0, 2, 8)], ids=str
+)
+@pytest.mark.parametrize("mode", ["both", "neither"])
+@each_implementation
+def test_empty_batch(implementation: Implementation, mode: str, shape: tuple[int, ...]) -> None:
+    args = arguments(shape, mode=mode, device=implementation.device)
+    with implementation.activate():
+        y = call(args)
+        dqkv, *dweights = gradients(y, args, torch.ones(y.shape))
+    assert y.shape == (*shape[:3], 16)
+    assert dqkv.shape == args[0].shape
+    assert all(torch.equal(t, torch.zeros_like(t)) for t in dweights)
+
+
+@each_dtype
+@each_implementation
+def test_extreme_values(implementation: Implementation, dtype: torch.dtype) -> None:
+    args = arguments((1, 9, 6, 1, 12), dtype, "both", implementation.device)
+    qkv = args[0].detach().clone()
+    qkv[:, :, 0] = 0.0
+    qkv[:, :, 1, :2] *= 1e15
+    qkv[:, :, 2, 2] *= 1e15
+    qkv[:, 3, 3, 0] = torch.nan  # a query: the other frames stay whole
+    qkv[:, :, 4, :2] *= 1e-20
+    qkv[:, 2, 5, 1] *= 100.0
+    args[0], args[1] = qkv, args[1] * 20  # one key far above the others
+    with implementation.activate(), torch.no_grad():
+        y = call(args)
+    for patch in range(6):  # patch by patch: the tolerance follows the largest error
+        one = [qkv[:, :, patch : patch + 1], *args[1:]]
+        with torch.no_grad():
+            working, truth = op.reference(*one), op.reference(*double(one))
+        assert_as_exact_as(working, y[:, :, patch : patch + 1], truth)
+
+
+@each_implementation
+def test_results_are_deterministic(implementation: Implementation) -> None:
+    args = arguments((1, 9, 4, 3, 32), TYPES[-1], "both", implementation.device)
+    grad = randn(1, 9, 4, 96, seed=6)
+    runs = []
+    for _ in range(3):
+        with implementation.activate():
+            y = call(args)
+            runs.append((y, *gradients(y, args, grad)))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_opcheck() -> None:
+    for mode in ("both", "neither"):
+        args = [
+            a.detach() if isinstance(a, Tensor) else a
+            for a in arguments((2, 3, 2, 2, 8), mode=mode)
+        ]
+        with dispatched():
+            torch.library.opcheck(op._forward._call, tuple(args))
+            torch.library.opcheck(op._backward._call, (randn(2, 3, 2, 16), *args))
+
+
+@pytest.mark.parametrize("kernels_mode", ["auto", "require"])
+def test_compiles_without_graph_break(kernels_mode: str) -> None:
+    args = arguments((2, 3, 2, 2, 8))
+    grad = randn(2, 3, 2, 16, seed=6)
+    eager = gradients(call(args), args, grad)
+    with dispatched(), testing._mode(kernels_mode):
+        compiled = torch.compile(lambda *a: call(list(a)), fullgraph=True, backend="aot_eager")
+        y = compiled(*args)
+        torch.testing.assert_close(y, call(args))
+        torch.testing.assert_close(gradients(y, args, grad), eager)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": torch.zeros(2, 5, 3, 2, 8)}, r"qkv must be float \[B, T, S, 3, H, D\]"),
+        ({"qkv": torch.zeros(2, 5, 4, 2, 2, 8)}, "qkv must be float"),
+        ({"qkv": torch.zeros(2, 5, 4, 3, 2, 8, dtype=torch.int64)}, "qkv must be float"),
+        ({"qkv": torch.zeros(2, 4, 5, 3, 2, 8)}, r"rotary's cos must be \[N, D\] = \[4, 8\]"),
+        ({"q_weight": None}, "come together"),
+        ({"k_weight": torch.ones(9)}, r"k_weight must be \[D = 8\]"),
+        ({"q_weight": torch.ones(8).half()}, "must share a dtype"),
+        ({"rotary": (torch.zeros(5, 8), torch.zeros(5, 9))}, "rotary's sin must be"),
+    ],
+)
+def test_rejects_bad_shapes(change: dict[str, Any], message: str) -> None:
+    good = {
+        "qkv": torch.zeros(2, 5, 4, 3, 2, 8),
+        "q_weight": torch.ones(8),
+        "k_weight": torch.ones(8),
+        "rotary": (torch.zeros(5, 8), torch.zeros(5, 8)),
+    }
+    temporal_attention(**good)
+    with pytest.raises(ValueError, match=message):
+        temporal_attention(**(good | change))
+
+
+@each_implementation
+def test_int64_offsets(implementation: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode, shape in (("both", (2, 3, 3, 1, 24)), ("neither", (1, 65, 1, 1, 16))):
+        args = arguments(shape, mode=mode, device=implementation.device)
+        results = []
+        for wide in (False, True):
+            monkeypatch.setattr(kernels, "needs_int64", lambda *_, wide=wide: wide)
+            with implementation.activate():
+                y = call(args)
+                results.append((y, *gradients(y, args, torch.ones(y.shape))))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_triton_in_the_interpreter() -> None:
+    testing.run_interpreted(__file__, "Triton-interpreted and not any_shape and not deterministic")
