@@ -18,7 +18,7 @@ BUILD_INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell f
 export DEMO_PROMPT := $(value PROMPT)
 unexport PROMPT
 
-.PHONY: demo test lint bench static gpu clean help
+.PHONY: demo test lint bench static counted gpu clean help
 
 demo: .venv/.demo
 	@$(PY) -m opensora generate --prompt="$$DEMO_PROMPT" $(ARGS)
@@ -38,6 +38,9 @@ bench: .venv/.test
 static: .venv/.test
 	@$(PY) -m bench.static $(ARGS)
 
+counted: .venv/.test
+	@$(PY) -m bench.counted
+
 # The GPU machine's own Python, which has torch and Triton: nothing is installed.
 gpu:
 	@$(PYTHON) -m bench.gpu $(ARGS)
@@ -51,6 +54,7 @@ help:
 	@echo 'make lint                      ruff, mypy, clang-format'
 	@echo 'make bench [ARGS="-k layer"]   kernels against their references'
 	@echo 'make static                    compile every Triton kernel and gate its resources'
+	@echo 'make counted                   launches, bytes and graphs of a transformer block'
 	@echo 'make gpu                       check, then time every kernel on this GPU; installs nothing'
 	@echo 'make clean                     remove .venv and everything built'
 	@echo 'PYTHON=python3.12              another interpreter; OPENSORA_BUILD: see setup.py'

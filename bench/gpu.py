@@ -3,10 +3,11 @@
     make gpu        # or: python -m bench.gpu
 
 Builds the compiled library in place if a compiler is there, installs nothing and needs no network.
-Runs the tests of all ops, compares every case of `bench/ops` with float64, repeats it on poisoned
-memory, times it beside its peers, and writes `bench/baselines/<gpu>.json` and a plot beside it. The
-table comes last. Without a GPU the same steps run on the CPU, where references serve most ops;
-nothing is written then.
+Runs the tests of all ops, compares every case of `bench/ops` with float64 (on a GPU in bfloat16 and
+float16), repeats it on poisoned memory, times it beside its peers, and writes
+`bench/baselines/<gpu>.json` and a plot beside it. The table comes last. All cases are verified
+before the first is timed, and when the time is up the rest is left untimed and says so. Without a
+GPU the same steps run on the CPU, where references serve most ops; nothing is written then.
 """
 
 from __future__ import annotations
@@ -61,36 +62,55 @@ def build() -> str:
     return next((line for line in lines if line.startswith("opensora: ")), "done")
 
 
-def run_tests() -> int:
-    """Run the tests of all ops in a process of their own; its exit status."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", "tests/ops"]
+def run_tests(seconds: float) -> str:
+    """Run the tests of all ops in a process of their own; says how it went."""
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "tests/ops"]
     # The interpreter's turn is on machines without a GPU.
     command += ["-k", "not interpreter", "-p", "no:cacheprovider"]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+    try:
+        status = subprocess.run(command, cwd=ROOT, check=False, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        return f"not finished in {seconds:.0f} s"
+    return "failed" if status else "passed"
 
 
-def one(title: str, case: cases.Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Verify and time one case; a failure is part of the answer."""
+def verify(title: str, case: cases.Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Compare one case with float64; a failure is part of the answer."""
     entry: dict[str, Any] = {"case": title, "dtype": str(dtype).removeprefix("torch.")}
+    checked = [dtype]
+    if device == "cuda" and dtype == torch.bfloat16:
+        checked.append(torch.float16)
     started = time.monotonic()
     # One kernel that is wrong or cannot run must not cost the figures of all others.
     try:
         with torch.no_grad():
-            cases.verify(case, dtype, device)
+            for each in checked:
+                cases.verify(case, each, device)
         entry["correct"] = True
     except Exception as error:
-        entry |= {"correct": False, "error": _first_line(error)}
+        where = "" if each == dtype else f"{each}: "
+        entry |= {"correct": False, "error": where + _first_line(error)}
+    _report(entry, "verified", started, device)
+    return entry
+
+
+def measure(entry: dict[str, Any], case: cases.Case, dtype: torch.dtype, device: str) -> None:
+    """Time one case and add the figures to its entry."""
+    started = time.monotonic()
     try:
         with torch.no_grad():
             result = cases.measure(case, dtype, device, rounds=9 if device == "cuda" else 3)
         entry |= dataclasses.asdict(result)
     except Exception as error:
         entry |= {"correct": False, "error": _first_line(error)}
-    took = time.monotonic() - started
-    print(f"{title} {entry['dtype']}: {took:.1f} s  {entry.get('error', 'correct')}", flush=True)
+    _report(entry, "timed", started, device)
+
+
+def _report(entry: dict[str, Any], done: str, started: float, device: str) -> None:
+    took, state = time.monotonic() - started, entry.get("error", "correct")
+    print(f"{done} {entry['case']} {entry['dtype']}: {took:.1f} s  {state}", flush=True)
     if device == "cuda":
         torch.cuda.empty_cache()
-    return entry
 
 
 def _first_line(error: Exception) -> str:
@@ -105,7 +125,8 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
     for entry in entries:
         title = f"{entry['case']} {entry['dtype']}"
         if "seconds" not in entry:
-            lines.append(f"{title:58}    FAILED  {entry['error']}")
+            state = f"FAILED  {entry['error']}" if "error" in entry else "not timed: time was up"
+            lines.append(f"{title:58}    {state}")
             continue
         share = "-" if entry["share"] is None else f"{entry['share']:.2f}"
         peers = "  ".join(f"{name} {ratio:.2f}" for name, ratio in entry["ratios"].items())
@@ -120,22 +141,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=main.__doc__)
     parser.add_argument("--only", default="", help="ops whose name begins so")
     parser.add_argument("--no-tests", action="store_true", help="skip the tests of the ops")
+    parser.add_argument("--minutes", type=float, default=9, help="timing ends then; 9 if not given")
     parser.add_argument("--output", type=Path, help="folder of the json and the plot")
     args = parser.parse_args(argv)
+    end = time.monotonic() + 60 * args.minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
     print(f"torch {torch.__version__}, {device_name(device)}, compiled library: {build()}")
     if device == "cpu":
         print("no GPU here: CPU kernels and references are checked on small shapes; no figure is")
         print("kept, and Triton's values are tested in the interpreter (make test)")
-    tested = "not run" if args.no_tests else "failed" if run_tests() else "passed"
+    tested = "not run" if args.no_tests else run_tests(24 * args.minutes)
     chosen = [
         (title, case, dtype)
         for title, case in collect(args.only).items()
         for dtype in case.dtypes
         if device == "cuda" or case.size(dtype) <= CPU_BYTES
     ]
-    entries = [one(title, case, dtype, device) for title, case, dtype in chosen]
+    # What the models run first; the embedded model's sizes last.
+    chosen.sort(key=lambda entry: "tiny" in entry[0])
+    entries = [verify(title, case, dtype, device) for title, case, dtype in chosen]
+    for entry, (_, case, dtype) in zip(entries, chosen, strict=True):
+        if time.monotonic() < end:
+            measure(entry, case, dtype, device)
     copy, product = cases.copy_speed(device), cases.product_speed(device)
     summary = {
         "device": device_name(device),
@@ -155,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(entries))
     wrong = sum(not entry["correct"] for entry in entries)
     print(f"{len(entries)} cases, {wrong} wrong; tests of the ops: {tested}")
-    return 1 if tested == "failed" or wrong or not entries else 0
+    return 1 if tested not in ("passed", "not run") or wrong or not entries else 0
 
 
 if __name__ == "__main__":

@@ -46,3 +46,9 @@ FRAMES = {  # of attention over time: B, T, S, H, D
     "144p-8s": (2, 60, 144, 16, 72),
     "144p-16s": (2, 120, 144, 16, 72),
 }
+
+CELLS = {  # what one STDiT3-XL/2 serves, guided: resolution and duration -> B, T, S, C
+    f"{resolution}-{seconds}s": (2, frames, patches, 1152)
+    for resolution, patches in (("240p", 405), ("480p", 1590), ("720p", 3600))  # 9:16
+    for seconds, frames in ((2, 15), (4, 30), (8, 60), (16, 120))
+}

@@ -1,18 +1,25 @@
 """Attend to tokens: self-attention with optional norms and rotary positions, and cross-attention.
 
-B batch, N tokens, L text tokens, C channels, H heads, D = C / H head width. Parameter names are
-the published ones. Source: Open-Sora 1.2.
+B batch, N tokens, T frames, S patches per frame, L text tokens, R rows of packed text, C channels,
+H heads, D = C / H head width. Parameter names are the published ones. Source: Open-Sora 1.2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora.errors import UsageError
+from opensora.functional import (
+    cross_attention,
+    qk_norm_rope,
+    spatial_attention,
+    temporal_attention,
+)
 
 EPS = 1e-6  # of every norm in these models
 
@@ -55,54 +62,8 @@ class RotaryEmbedding(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (2i, 2i + 1) of x's last axis by the angles of their position.
-
-        out[2i] = x[2i] cos - x[2i+1] sin;  out[2i+1] = x[2i+1] cos + x[2i] sin
-
-    Args:
-        x: [..., N, D].
-        table: cos and sin [N, D] from `RotaryEmbedding.table`.
-    """
-    cos, sin = table
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return x * cos + torch.stack((-odd, even), dim=-1).flatten(-2) * sin
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return softmax(q k' / sqrt(D)) v, [B, H, N, D]; rows that see nothing are zero.
-
-    On a CPU, short rows go through batched matrix products, because the flash kernel's backward
-    there pays per row. Forward and backward, D = 32, bfloat16, 2 threads of an idle machine: 320 x
-    4 rows of 16 tokens 7 ms against 48; 1024 x 4 rows of 5, 8 against 17; 64 x 4 rows of 80 on 120
-    masked keys 10 against 34. In float32 the backward loses; of the forward, rows of 5 gain (4.5 ms
-    against 7.4) and rows of 16 do not.
-
-    Args:
-        q: [B, H, N, D], as `k` and `v` of L tokens.
-        k: keys.
-        v: values.
-        mask: bool, broadcast to [B, H, N, L]; True where a key is seen. None: all are.
-    """
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    longest = 128 if v.dtype == torch.bfloat16 else (0 if needs_grad else 32)
-    if v.device.type != "cpu" or k.shape[-2] > longest:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    q = q * q.shape[-1] ** -0.5
-    if mask is None:
-        return torch.matmul((q @ k.transpose(-1, -2)).softmax(-1), v)
-    # The mask is a bias that the product adds: no further pass over the scores.
-    rows = (*q.shape[:3], k.shape[-2])
-    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
-    scores = torch.baddbmm(
-        bias.expand(rows).flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(-1, -2)
-    )
-    out = torch.matmul(scores.view(rows).softmax(-1), v)
-    return out.masked_fill(~mask.any(-1, keepdim=True), 0)
-
-
 class Attention(nn.Module):
-    """Attend every token of a row to all of its row: proj(softmax(q k' / sqrt(D)) v).
+    """Attend every token to all of its row: proj(softmax(q k' / sqrt(D)) v).
 
     Args:
         dim: C.
@@ -130,20 +91,83 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Return [B, N, C] for x [B, N, C]; `rotary` is the table of its N positions, or None."""
-        batch, tokens, channels = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D]
-        if rotary is not None and self.qk_norm_legacy:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None and not self.qk_norm_legacy:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        # Under autocast the norm's float32 weight widens q and k; v keeps the working dtype.
-        out = attend(q.to(v.dtype), k.to(v.dtype), v)
-        result: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, channels))
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, *, temporal: bool = False
+    ) -> Tensor:
+        """Return x's shape.
+
+        Args:
+            x: [B, N, C], rows of tokens; or [B, T, S, C], rows of S patches.
+            rotary: cos and sin [row length, D] of the positions in a row; None: no rotation.
+            temporal: the rows of [B, T, S, C] are the T frames of each patch.
+        """
+        frames = x if x.ndim == 4 else x[:, None]
+        qkv = self.qkv(frames).unflatten(-1, (3, self.num_heads, self.head_dim))
+        weights: tuple[Tensor | None, Tensor | None] = (None, None)
+        if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+            weights = (self.q_norm.weight, self.k_norm.weight)
+        if rotary is not None and (self.qk_norm_legacy or not temporal):
+            at = -5 if temporal else -4
+            qkv = qk_norm_rope(
+                qkv, *weights, rotary, position_dim=at, legacy=self.qk_norm_legacy, eps=EPS
+            )
+            weights, rotary = (None, None), None
+        if temporal:
+            y = temporal_attention(qkv, *weights, rotary, eps=EPS)
+        else:
+            y = spatial_attention(qkv, *weights, eps=EPS)
+        result: Tensor = self.proj(y.view(x.shape))
         return result
+
+
+class PackedText(NamedTuple):
+    """Hold the text of all samples, each in a run of rows.
+
+    Attributes:
+        states: [R, C].
+        starts: int32 [B], the first row of each sample.
+        lengths: int32 [B], the rows of each sample; rows of no sample are seen by nobody.
+        longest: at least the largest length, 1 or more.
+        keys: keys and values [R, 2, H, D] of one block, if they are known already.
+    """
+
+    states: Tensor
+    starts: Tensor
+    lengths: Tensor
+    longest: int
+    keys: Tensor | None = None
+
+
+def pack_text(cond: Tensor, mask: Tensor | Sequence[int] | None = None) -> PackedText:
+    """Lay the text of a batch out without padding. Nothing is read on the host.
+
+    Args:
+        cond: text [B, L, C], or packed already, [1, sum of lengths, C], if `mask` holds lengths.
+        mask: bool [B, L], True where a token is seen; None: all are; or the B lengths.
+
+    Raises:
+        UsageError: the lengths do not add up.
+    """
+    device = cond.device
+    if mask is not None and not isinstance(mask, Tensor):
+        if cond.ndim != 3 or cond.shape[0] != 1 or cond.shape[1] != sum(mask):
+            raise UsageError(
+                f"packed text must be [1, {sum(mask)}, C] for the lengths {list(mask)}, "
+                f"got {list(cond.shape)}"
+            )
+        rows = [[0, *accumulate(mask)][: len(mask)], list(mask)]
+        starts, lengths = torch.tensor(rows, dtype=torch.int32, device=device).unbind(0)
+        return PackedText(cond[0], starts, lengths, max([1, *mask]))
+    batch, longest = cond.shape[:2]
+    starts = torch.arange(batch, dtype=torch.int32, device=device) * longest
+    if mask is None:
+        lengths = torch.full_like(starts, longest)
+    else:
+        # Tokens that nobody sees go to the end of their sample; the others keep their order.
+        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+        cond = cond.gather(1, order[..., None].expand_as(cond))
+        lengths = mask.sum(1, dtype=torch.int32)
+    return PackedText(cond.flatten(0, 1), starts, lengths, longest)
 
 
 class MultiHeadCrossAttention(nn.Module):
@@ -162,47 +186,30 @@ class MultiHeadCrossAttention(nn.Module):
         self.kv_linear = nn.Linear(d_model, 2 * d_model)
         self.proj = nn.Linear(d_model, d_model)
 
+    def keys(self, text: PackedText) -> Tensor:
+        """Return the keys and values [R, 2, H, D] of a text; they do not depend on `x`."""
+        kv: Tensor = self.kv_linear(text.states)
+        return kv.view(-1, 2, self.num_heads, self.head_dim)
+
     def forward(
-        self, x: Tensor, cond: Tensor, mask: Tensor | Sequence[int] | None = None
+        self,
+        x: Tensor,
+        cond: Tensor | PackedText,
+        mask: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
-        """Return [B, N, C].
+        """Return [B, N, C]. A sample that sees no text gets zeros before `proj`.
 
         Args:
             x: [B, N, C].
-            cond: text [B, L, C], or packed [1, sum of lengths, C] if `mask` holds lengths.
-            mask: bool [B, L], True where a token is seen; None: all are; or the B lengths of a
-                packed `cond`. A sample that sees nothing gets zeros before `proj`.
+            cond: text, packed or as `pack_text` takes it together with `mask`.
+            mask: see `pack_text`.
         """
-        if mask is not None and not isinstance(mask, Tensor):
-            cond, mask = pad_packed(cond, mask)
-        batch, tokens, channels = x.shape
-        q = self.q_linear(x).view(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
-        kv = self.kv_linear(cond).view(batch, -1, 2, self.num_heads, self.head_dim)
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, L, D]
-        visible = None if mask is None else mask[:, None, None]  # [B, 1, 1, L]
-        out = attend(q, k, v, visible)
-        result: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, channels))
+        text = cond if isinstance(cond, PackedText) else pack_text(cond, mask)
+        kv = self.keys(text) if text.keys is None else text.keys
+        q = self.q_linear(x).unflatten(-1, (self.num_heads, self.head_dim))
+        y = cross_attention(q, kv, text.starts, text.lengths, longest=text.longest)
+        result: Tensor = self.proj(y)
         return result
-
-
-def pad_packed(cond: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return text [B, max length, C] padded with zeros, and its bool mask [B, max length].
-
-    Args:
-        cond: [1, sum of lengths, C], the samples one after another.
-        lengths: tokens of every sample.
-
-    Raises:
-        UsageError: the lengths do not add up.
-    """
-    if cond.ndim != 3 or cond.shape[0] != 1 or cond.shape[1] != sum(lengths):
-        raise UsageError(
-            f"packed text must be [1, {sum(lengths)}, C] for the lengths {list(lengths)}, "
-            f"got {list(cond.shape)}"
-        )
-    padded = nn.utils.rnn.pad_sequence(cond[0].split(list(lengths)), batch_first=True)
-    positions = torch.arange(padded.shape[1], device=cond.device)
-    return padded, positions < torch.tensor(lengths, device=cond.device)[:, None]
 
 
 def _check_heads(name: str, dim: int, num_heads: int) -> None:

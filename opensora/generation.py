@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -114,6 +114,25 @@ def encode_texts(encoder: Any, texts: list[str], device: torch.device) -> tuple[
     return y.to(device), mask.to(device)
 
 
+class _Remembering:
+    """Call a transformer, and be able to repeat the last call."""
+
+    def __init__(self, transformer: Any) -> None:
+        self.transformer = transformer
+        self.reusing = getattr(transformer, "reusing", nullcontext)
+        self.last: dict[str, Any] = {}
+
+    def __call__(self, x: Tensor, timestep: Tensor, **kwargs: Any) -> Tensor:
+        self.last = {"x": x, "timestep": timestep, **kwargs}
+        velocity: Tensor = self.transformer(**self.last)
+        return velocity
+
+    def repeat(self) -> None:
+        """Repeat it from the inputs on, with nothing reused."""
+        with self.reusing():
+            self.transformer(**self.last)
+
+
 def sample_latent(
     transformer: Any,
     encoder: Any,
@@ -165,18 +184,12 @@ def sample_latent(
         for name, value in sizes.items()
     }
     num_frames = conditions.pop("num_frames")
-    last: dict[str, Any] = {}
-
-    def model(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        last.update(x=x, timestep=t, **kwargs)
-        velocity: Tensor = transformer(x, t, **kwargs)
-        return velocity
-
+    model = _Remembering(transformer)
     report = bars.stage("sampling", "step")
 
     def check(step: int, steps: int, t: Tensor, z: Tensor) -> None:
         if not is_finite(z):
-            layer = find_bad_layer(transformer, lambda: transformer(**last))
+            layer = find_bad_layer(transformer, model.repeat)
             raise NonFiniteError(_step_message(step, steps, layer, request))
         changed = None if after_step is None else after_step(step, t, z)
         if changed is not None and changed is not z:

@@ -14,11 +14,10 @@ from opensora.attention import (
     EPS,
     Attention,
     MultiHeadCrossAttention,
+    PackedText,
     RMSNorm,
     RotaryEmbedding,
-    attend,
-    pad_packed,
-    rotate,
+    pack_text,
 )
 from opensora.embedders import (
     CaptionEmbedder,
@@ -27,7 +26,8 @@ from opensora.embedders import (
     TimestepEmbedder,
     timestep_embedding,
 )
-from opensora.functional import layernorm_modulate
+from opensora.functional import layernorm_modulate, patchify
+from opensora.ops._attention import attend, rotate
 
 __all__ = [
     "EPS",
@@ -35,6 +35,7 @@ __all__ = [
     "CaptionEmbedder",
     "Mlp",
     "MultiHeadCrossAttention",
+    "PackedText",
     "PatchEmbed3D",
     "PositionEmbedding2D",
     "RMSNorm",
@@ -44,7 +45,7 @@ __all__ = [
     "TimestepEmbedder",
     "attend",
     "modulate",
-    "pad_packed",
+    "pack_text",
     "rotate",
     "t2i_modulate",
     "timestep_embedding",
@@ -101,16 +102,23 @@ class PatchEmbed3D(nn.Module):
         self.patch_size = patch_size
         self.proj = nn.Conv3d(in_channels, dim, patch_size, stride=patch_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return tokens [B, T' * H' * W', C], frames slowest, for x [B, in, T, H, W].
 
         Sizes that are no multiple of the patch are padded with zeros at their end.
+
+        Args:
+            x: the video.
+            positions: codes [1, H' * W', C] that are added to the patches of every frame.
         """
-        pads = [-size % patch for size, patch in zip(x.shape[2:], self.patch_size, strict=True)]
-        if any(pads):
-            x = F.pad(x, (0, pads[2], 0, pads[1], 0, pads[0]))
-        result: Tensor = self.proj(x)
-        return result.flatten(2).transpose(1, 2)
+        weight, bias = self.proj.weight, self.proj.bias
+        assert bias is not None
+        if positions is None:
+            rows, columns = (
+                -(-n // p) for n, p in zip(x.shape[3:], self.patch_size[1:], strict=True)
+            )
+            positions = weight.new_zeros(rows * columns, weight.shape[0])
+        return patchify(x, weight, bias, positions)
 
 
 class T2IFinalLayer(nn.Module):

@@ -13,11 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -59,8 +58,8 @@ class Implementation:
 
 def implementations() -> list[Implementation]:
     """List what can run here; in a process with `TRITON_INTERPRET=1`, interpreted Triton alone."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return [Implementation("Triton interpreted", "cpu", _interpreted_triton)]
+    if _library.INTERPRETED:
+        return [Implementation("Triton interpreted", "cpu", require)]
     found = [Implementation("reference", "cpu", reference)]
     for name in _extension.INSTRUCTION_SETS:
         try:
@@ -84,18 +83,6 @@ def _instruction_set(name: str) -> Iterator[None]:
     finally:
         if before is not None:
             _extension.use_instruction_set(before)
-
-
-@contextmanager
-def _interpreted_triton() -> Iterator[None]:
-    """Send CPU tensors to the Triton launchers."""
-    with ExitStack() as stack:
-        for op in _library.registry:
-            if op.launcher is not None:
-                stack.enter_context(mock.patch.object(op, "_call", op.launcher))
-                stack.enter_context(mock.patch.dict(op._kernels, {"cpu": "Triton"}))
-        stack.enter_context(require())
-        yield
 
 
 def run_interpreted(test_file: str, keyword: str) -> None:

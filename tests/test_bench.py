@@ -84,6 +84,19 @@ def test_a_kernel_that_cannot_run_costs_only_its_own_figures(
     assert "2 cases, 1 wrong" in printed
 
 
+def test_when_time_is_up_cases_are_verified_and_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only(monkeypatch, good=cases.Case(arguments, double_it, double_it))
+    assert gpu.main(["--no-tests", "--minutes", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "verified good bfloat16" in printed
+    assert "timed good" not in printed
+    assert "not timed: time was up" in printed
+    only(monkeypatch, wrong=cases.Case(arguments, lose_the_last_row, double_it))
+    assert gpu.main(["--no-tests", "--minutes", "0"]) == 1
+
+
 def test_verifying_finds_memory_that_nobody_wrote() -> None:
     case = cases.Case(arguments, leave_a_row_unwritten, double_it)
     with pytest.raises(AssertionError):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -505,3 +507,19 @@ def test_wrong_usage_exits_2(
 def test_folder_without_cases_is_wrong_usage(tmp_path: Path, capsys: Any) -> None:
     assert main([str(tmp_path)]) == 2
     assert "holds no case" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pattern", ["stdit3_xmask", "stdit3_grad", "attn_qknorm_rope*"])
+def test_interpreted_kernels_pass_too(pattern: str) -> None:
+    script = Path(__file__).parents[1] / "scripts/replay_golden.py"
+    run = subprocess.run(
+        [sys.executable, script, GOLDEN, "--json", "--only", pattern],
+        # Required: where a reference would serve in place of a kernel, the case fails.
+        env={**os.environ, "TRITON_INTERPRET": "1", "OPENSORA_KERNELS": "require"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    counts = json.loads(run.stdout.splitlines()[-1])
+    assert (run.returncode, counts["fail"]) == (0, 0), run.stdout + run.stderr
+    assert counts["pass"] == len([p for p in FILES if fnmatch(p.stem, pattern)]) > 0

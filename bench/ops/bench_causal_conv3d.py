@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.cases import Arguments, Case
 from bench.shapes import CONVOLUTIONS
@@ -58,6 +59,12 @@ def _two_passes(x: Any, weight: Any, bias: Any, residual: Any, norm: Any, stride
     return causal_conv3d(normed, weight, bias, stride=stride, residual=residual)
 
 
+def _channels_first(*arguments: Any) -> Any:
+    """Run the library's convolution on its other layout, copies into it included."""
+    dense = [t.contiguous() if isinstance(t, Tensor) else t for t in arguments]
+    return op.reference(*dense)
+
+
 def _flops(shape: _Shape) -> int:
     _, weight, _, y, *_ = _arguments(shape)(torch.float32, "meta", 0)
     return int(2 * y.numel() * weight[0].numel())
@@ -65,7 +72,12 @@ def _flops(shape: _Shape) -> int:
 
 CASES: dict[str, Case] = {
     f"forward {name}": Case(
-        _arguments(shape), _run, op.reference, flops=_flops(shape), check=_arguments(SMALL)
+        _arguments(shape),
+        _run,
+        op.reference,
+        flops=_flops(shape),
+        peers={"library, channels first": _channels_first},
+        check=_arguments(SMALL),
     )
     for name, shape in CONVOLUTIONS.items()
 } | {

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench import peers
 from bench.cases import Arguments, Case
 from bench.shapes import HEADS
 from bench.static import Static
@@ -62,6 +63,7 @@ def _and_back(function: Function) -> Function:
     return run
 
 
+PEERS = {"sdpa efficient": _efficient, "flash-attn": peers.flash_attn_ragged}
 CASES: dict[str, Case] = {}
 for _name, _shape in HEADS.items():
     _all = _shape[1] * _shape[2] * _shape[3] * _shape[4] * sum(LENGTHS[_name])
@@ -70,14 +72,14 @@ for _name, _shape in HEADS.items():
         _run,
         op.reference,
         flops=2 * 2 * _all,
-        peers={"efficient": _efficient},
+        peers=PEERS,
     )
     CASES[f"forward and backward {_name}"] = Case(
         _arguments(_shape, LENGTHS[_name]),
         _and_back(_run),
         _and_back(op.reference),
         flops=2 * 7 * _all,
-        peers={"efficient": _and_back(_efficient)},
+        peers={name: _and_back(peer) for name, peer in PEERS.items()},
     )
 
 

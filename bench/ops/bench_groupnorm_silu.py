@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bench import peers
 from bench.cases import Arguments, Case
 from bench.shapes import ACTIVATIONS
 from bench.static import Static
@@ -41,6 +42,10 @@ def _aten(x: Any, weight: Any, bias: Any, groups: int, eps: float, _: bool) -> A
     return F.silu(F.group_norm(x, groups, weight, bias, eps))
 
 
+def _apex(x: Any, *others: Any) -> Any:
+    return peers.apex_group_norm(x.flatten(2, -2), *others)  # a view: pixels of frames are rows
+
+
 def _backward_arguments(shape: tuple[int, ...]) -> Any:
     def make(dtype: torch.dtype, device: str, seed: int) -> Arguments:
         x, weight, bias, groups, eps, silu = _arguments(shape)(dtype, device, seed)
@@ -69,7 +74,7 @@ for _name, _shape in ACTIVATIONS.items():
         _run,
         op.reference,
         _passes(_shape, 3),
-        peers={"aten, channels_last": _aten},
+        peers={"aten, channels_last": _aten, "apex": _apex},
         check=_arguments(SMALL),
         dtypes=DTYPES,
     )

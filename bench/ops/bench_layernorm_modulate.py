@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bench import peers
 from bench.cases import Arguments, Case
 from bench.shapes import TOKENS
 from bench.static import Static
@@ -38,6 +39,10 @@ def _run(x: Any, shift: Any, scale: Any, select: Any, shift0: Any, scale0: Any, 
     return layernorm_modulate(x, shift, scale, select=select, shift0=shift0, scale0=scale0, eps=eps)
 
 
+def _apex(x: Any, shift: Any, scale: Any, *others: Any) -> Any:
+    return peers.apex_layer_norm(x, others[-1]) * (1 + scale)[:, None, None] + shift[:, None, None]
+
+
 def _backward_arguments(shape: str) -> Any:
     def make(dtype: torch.dtype, device: str, seed: int) -> Arguments:
         x, _, scale, *_ = _arguments(shape, False)(dtype, device, seed)
@@ -61,7 +66,12 @@ CASES: dict[str, Case] = {}
 for _shape in TOKENS:
     for _selected in (False, True):
         CASES[f"forward {_shape}{' per frame' if _selected else ''}"] = Case(
-            _arguments(_shape, _selected), _run, op.reference, _passes(_shape, 2), dtypes=DTYPES
+            _arguments(_shape, _selected),
+            _run,
+            op.reference,
+            _passes(_shape, 2),
+            peers={} if _selected else {"apex": _apex},
+            dtypes=DTYPES,
         )
     CASES[f"backward {_shape}"] = Case(
         _backward_arguments(_shape),

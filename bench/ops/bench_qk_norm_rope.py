@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bench import peers
 from bench.cases import Arguments, Case
 from bench.shapes import HEADS
 from bench.static import Static
@@ -47,6 +48,13 @@ def _inplace(qkv: Any, *arguments: Any) -> Any:
         return _run(qkv, *arguments, inplace=True)
 
 
+def _others(qkv: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, *rest: Any) -> Any:
+    """Call apex for the norm and flash-attn for the rotation, which wants frames beside heads."""
+    rows = qkv.transpose(1, 2).flatten(0, 1)  # [B*S, T, 3, H, D]
+    parts = zip(rows.unbind(2), (q_weight, k_weight), strict=False)
+    return [peers.norm_and_rotate(x, weight, cos, sin, rest[-1]) for x, weight in parts]
+
+
 def _backward_arguments(shape: str) -> Any:
     def make(dtype: torch.dtype, device: str, seed: int) -> Arguments:
         arguments = _arguments(shape, True)(dtype, device, seed)
@@ -74,7 +82,7 @@ for _shape in HEADS:
             _run,
             op.reference,
             _passes(_shape, 6),
-            peers={"inplace": _inplace},
+            peers={"inplace": _inplace, "apex, flash-attn": _others},
         )
     CASES[f"backward {_shape}"] = Case(
         _backward_arguments(_shape), _backward, op.reference_backward, _passes(_shape, 8)

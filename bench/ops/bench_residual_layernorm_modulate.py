@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bench import peers
 from bench.cases import Arguments, Case
 from bench.shapes import TOKENS
 from bench.static import Static
@@ -53,6 +54,12 @@ def _unfused(x: Any, y: Any, gate: Any, shift: Any, scale: Any, *others: Any) ->
     )
 
 
+def _apex(x: Any, y: Any, gate: Any, shift: Any, scale: Any, *others: Any) -> Any:
+    total = torch.addcmul(x, gate[:, None, None], y)
+    normed = peers.apex_layer_norm(total, others[-1])
+    return total, normed * (1 + scale)[:, None, None] + shift[:, None, None]
+
+
 def _backward_arguments(shape: str) -> Any:
     def make(dtype: torch.dtype, device: str, seed: int) -> Arguments:
         dsum, dnormed, gate, _, scale, *_ = _arguments(shape, True, False)(dtype, device, seed)
@@ -80,7 +87,7 @@ for _shape in TOKENS:
             _run,
             op.reference,
             _passes(_shape, 4),
-            peers={"unfused": _unfused},
+            peers={"unfused": _unfused} | ({} if _kind else {"apex": _apex}),
             dtypes=DTYPES,
         )
     CASES[f"backward {_shape}"] = Case(

@@ -11,22 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench import peers
 from bench.cases import Arguments, Case
 from bench.shapes import HEADS
 from bench.static import Static
-from opensora.functional import spatial_attention
+from opensora.functional import qk_norm_rope, spatial_attention
 from opensora.kernels import spatial_attention as triton_kernels
 from opensora.ops import spatial_attention as op
 from opensora.testing import randn
 
 EPS = 1e-6
-PEERS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 Function = Callable[..., Any]
 
 
@@ -49,12 +44,13 @@ def _reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
     return op.reference(qkv, q_weight, k_weight, EPS)
 
 
-def _with(backend: SDPBackend) -> Function:
-    """Return the reference on one backend of torch's own attention."""
+def _with(attend: peers.Attention) -> Function:
+    """Return attention by a peer, behind the norms of our own kernel."""
 
-    def run(*arguments: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return _reference(*arguments)
+    def run(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
+        prepared = qk_norm_rope(qkv, q_weight, k_weight, eps=EPS)
+        y = attend(*prepared.flatten(0, 1).unbind(2))  # [B*T, S, H, D]
+        return y.reshape(*qkv.shape[:3], -1)
 
     return run
 
@@ -86,7 +82,7 @@ for _name, _shape in HEADS.items():
         _run,
         _reference,
         flops=_flops(_shape, 2),
-        peers={name: _with(backend) for name, backend in PEERS.items()},
+        peers={name: _with(attend) for name, attend in peers.ATTENTION.items()},
         check=_check,
     )
     CASES[f"forward and backward {_name}"] = Case(
@@ -94,7 +90,7 @@ for _name, _shape in HEADS.items():
         _and_back(_run),
         _and_back(_reference),
         flops=_flops(_shape, 7),
-        peers={name: _and_back(_with(backend)) for name, backend in PEERS.items()},
+        peers={name: _and_back(_with(attend)) for name, attend in peers.ATTENTION.items()},
         check=_check,
     )
 

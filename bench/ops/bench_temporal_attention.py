@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from bench import peers
 from bench.cases import Arguments, Case
 from bench.shapes import FRAMES
 from bench.static import Static
-from opensora.functional import temporal_attention
+from opensora.functional import qk_norm_rope, temporal_attention
 from opensora.kernels import temporal_attention as triton_kernels
 from opensora.nn import RotaryEmbedding
 from opensora.ops import temporal_attention as op
@@ -33,6 +34,18 @@ def _arguments(shape: str) -> Any:
 
 def _run(qkv: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: float) -> Any:
     return temporal_attention(qkv, q_weight, k_weight, (cos, sin), eps=eps)
+
+
+def _with(attend: peers.Attention) -> Any:
+    """Return attention by a peer on rows of frames, behind norms and rotation of our own kernel."""
+
+    def run(qkv: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: float) -> Any:
+        prepared = qk_norm_rope(qkv, q_weight, k_weight, (cos, sin), position_dim=-5, eps=eps)
+        rows = prepared.transpose(1, 2).flatten(0, 1)  # [B*S, T, 3, H, D]
+        y = attend(*rows.unbind(2)).unflatten(0, (qkv.shape[0], -1))
+        return y.transpose(1, 2).flatten(-2).contiguous()
+
+    return run
 
 
 def _backward_arguments(shape: str) -> Any:
@@ -60,7 +73,11 @@ def _passes(shape: str, count: int) -> Any:
 CASES: dict[str, Case] = {}
 for _shape in FRAMES:
     CASES[f"forward {_shape}"] = Case(
-        _arguments(_shape), _run, op.reference, _passes(_shape, 4), dtypes=(torch.bfloat16,)
+        _arguments(_shape),
+        _run,
+        op.reference,
+        _passes(_shape, 4),
+        peers={name: _with(attend) for name, attend in peers.ATTENTION.items()},
     )
     CASES[f"backward {_shape}"] = Case(
         _backward_arguments(_shape), _backward, op.reference_backward, _passes(_shape, 7)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opensora import attention
+from opensora.ops import _attention
 
 Table = tuple[Tensor, Tensor]  # cos and sin [N, D]
 
@@ -97,11 +97,11 @@ def prepare(
         Tensor of x's shape, of the widest dtype among the arguments.
     """
     if cos is not None and sin is not None and legacy:
-        x = attention.rotate(x, (cos, sin))
+        x = _attention.rotate(x, (cos, sin))
     if weight is not None:
         x = weight * _normalise(x, eps)[0].to(x.dtype)
     if cos is not None and sin is not None and not legacy:
-        x = attention.rotate(x, (cos, sin))
+        x = _attention.rotate(x, (cos, sin))
     return x
 
 
@@ -127,7 +127,7 @@ def prepare_backward(
     rotary = None if cos is None or sin is None else (cos.to(wide), sin.to(wide))
     if rotary is not None:
         if legacy:
-            x = attention.rotate(x, rotary)
+            x = _attention.rotate(x, rotary)
         else:
             grad = grad * rotary[0] - _turn(grad * rotary[1])
     dx, dweight = grad, x.new_zeros(0)

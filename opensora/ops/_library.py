@@ -42,6 +42,9 @@ def _mode_of_environment() -> Mode:
 # raises where none serves. `opensora.testing` changes it for a block of code.
 mode: Mode = _mode_of_environment()
 
+# Triton's interpreter, which must be chosen before Triton is imported, runs kernels on the CPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 registry: list[Op] = []
 
 
@@ -70,13 +73,17 @@ class Op:
         self.launcher = None if cuda is None else _imported_on_first_call(cuda)
         if self.launcher is not None:
             _LIBRARY.impl(self.name, self.launcher, "CUDA")
-        self._call = getattr(torch.ops.opensora, self.name).default
+        self.overload = getattr(torch.ops.opensora, self.name).default
+        self._call = self.overload
         # Found now, not on the first call: that one may be traced, and Dynamo cannot look it up.
         self._kernels: dict[str, str] = {}
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"opensora::{self.name}", "CPU"):
             self._kernels["cpu"] = "C++"
         if cuda is not None and find_spec("triton") is not None:
             self._kernels["cuda"] = "Triton"
+            if INTERPRETED and self.launcher is not None:
+                self._kernels["cpu"], self._call = "Triton, interpreted", self.launcher
+                dtypes.setdefault("cpu", (torch.float32,))  # its bfloat16 products are wrong
         registry.append(self)
 
     def __call__(self, *args: Any) -> Any:
@@ -96,8 +103,9 @@ class Op:
         if mode == "reference":
             return False
         device_type = x.device.type
-        # Inductor fuses the reference with its neighbours; an opaque op would stand alone.
-        if mode == "auto" and torch.compiler.is_compiling():
+        # Inductor fuses a CPU's reference with its neighbours; an opaque op would stand alone. On
+        # CUDA the ops are the fusions, and attention there is none that Inductor could write.
+        if mode == "auto" and device_type == "cpu" and torch.compiler.is_compiling():
             return False
         dtypes = self.dtypes.get(device_type, ())
         if x.dtype in dtypes and self.kernel(device_type) is not None:

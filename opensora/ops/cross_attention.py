@@ -2,7 +2,7 @@
 
     y = softmax(q k' / sqrt(D)) v, over the keys of the query's sample
 
-Kernels: Triton on CUDA (`kernels/cross_attention.py`). Made for every block of STDiT3; keys and
+Kernels: Triton on CUDA (`kernels/cross_attention.py`). Used by every block of STDiT3; keys and
 values depend on the text alone, so a caller may keep them for all steps of a clip.
 Axes: B batch, N tokens, L rows of text, H heads, D head width.
 """
@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opensora import attention
-from opensora.ops import _library
+from opensora.ops import _attention, _library
 from opensora.ops._heads import describe
 from opensora.ops._library import Op, needs_grad
 
@@ -31,7 +30,7 @@ def reference(q: Tensor, kv: Tensor, starts: Tensor, lengths: Tensor, longest: i
     """Compute the op in plain PyTorch: pad the text, mask, attend."""
     rows, seen = _rows(kv, starts, lengths, longest)
     k, v = _padded(kv, rows).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, longest, D]
-    y = attention.attend(q.transpose(1, 2), k, v, seen[:, None, None])
+    y = _attention.attend(q.transpose(1, 2), k, v, seen[:, None, None])
     return y.transpose(1, 2).reshape(*q.shape[:2], q.shape[2:].numel()).contiguous()
 
 

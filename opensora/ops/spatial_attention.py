@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opensora import attention
-from opensora.ops import _library
+from opensora.ops import _attention, _library
 from opensora.ops._heads import check, describe, prepare, prepare_backward
 from opensora.ops._library import Op, needs_grad
 
@@ -30,7 +29,7 @@ def reference(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps
     """Compute the op in plain PyTorch: norms with float32 statistics, then attention."""
     q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(1, 2).unbind(0)  # [B*T, H, S, D]
     q, k = prepare(q, q_weight, *_UNTURNED, eps), prepare(k, k_weight, *_UNTURNED, eps)
-    y = attention.attend(q.to(v.dtype), k.to(v.dtype), v)
+    y = _attention.attend(q.to(v.dtype), k.to(v.dtype), v)
     return y.transpose(1, 2).reshape(*qkv.shape[:3], qkv.shape[4:].numel()).contiguous()
 
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opensora import attention
-from opensora.ops import _heads
+from opensora.ops import _attention, _heads
 from opensora.ops._library import Op, needs_grad
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
@@ -33,7 +32,7 @@ def reference(
     q, k, v = rows.unbind(0)
     q = _heads.prepare(q, q_weight, cos, sin, False, eps).to(qkv.dtype)
     k = _heads.prepare(k, k_weight, cos, sin, False, eps).to(qkv.dtype)
-    y = attention.attend(q, k, v).view(batch, patches, heads, frames, width)
+    y = _attention.attend(q, k, v).view(batch, patches, heads, frames, width)
     y = y.permute(0, 3, 1, 2, 4).reshape(batch, frames, patches, heads * width)
     return y.contiguous()
 

@@ -128,16 +128,16 @@ def _block(config: Arguments) -> nn.Module:
 
 
 def _call_block(module: STDiT3Block, a: Arguments, config: Arguments) -> Tensor:
-    x, y, mask, frames = a["x"], a["y"], a.get("mask"), int(a["T"])
-    y_mask = None
+    x, mask, frames = a["x"], a.get("mask"), int(a["T"])
     if mask is not None:
         lengths = mask.tolist() if isinstance(mask, Tensor) else mask
-        y, y_mask = layers.pad_packed(y, [int(n) for n in lengths])
+        mask = [int(n) for n in lengths]
     elif x.shape[0] != 1:
         raise Unsupported("a block whose samples attend to the text of the whole batch")
     rotary = _rotary(module.attn.head_dim, frames, module) if config.get("rope") else None
-    conditions = {"y_mask": y_mask, "x_mask": a.get("x_mask"), "t0": a.get("t0")}
-    result: Tensor = module(x, y, a["t"], frames, rotary=rotary, **conditions)
+    x_mask = a.get("x_mask")
+    modulation = module.modulation(a["t"], x_mask, None if x_mask is None else a.get("t0"))
+    result: Tensor = module(x, layers.pack_text(a["y"], mask), modulation, frames, rotary=rotary)[0]
     return result
 
 

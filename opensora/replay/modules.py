@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora.models.stdit.block import STDiT3Block
+from opensora.nn import PatchEmbed3D
 from opensora.replay.recording import Case, Mismatch
 
 #: What a run gives back: tensors by their full name in the file.
@@ -65,7 +67,11 @@ def _record_submodules(case: Case, module: nn.Module, found: Outputs) -> None:
     modules = dict(module.named_modules())
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(module, PatchEmbed3D):  # recorded without the positions
+                output = module.forward(args[0])
+            elif isinstance(module, STDiT3Block):
+                output = output[0]
             if isinstance(output, Tensor):
                 found[f"out.mid.{name}"] = output
 

@@ -13,6 +13,7 @@ Source: Open-Sora 1.2, recorded in `tests/golden/rflow_*.safetensors`. One delib
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,7 +216,8 @@ class RFlow(RFlowConfig):
 
         Args:
             model: called as `model(z, t, y=..., **model_kwargs)`; t float32 [2B], y [2B, ...]. It
-                must not change z.
+                must not change z. A method `reusing` of it, as STDiT3 has, is opened around the
+                calls: what they share is then computed once.
             z: initial noise (reference latents in masked frames) [B, C, T, H, W]; not changed.
             y: text states [B, 1, L, D].
             y_null: text states of the empty prompt [1 or B, 1, L, D]; needed unless g = 1.
@@ -262,32 +264,34 @@ class RFlow(RFlowConfig):
             taking_part, joins = self._taking_part(mask.to(z.device), times)
             moves, x_masks = list(taking_part), list(taking_part.repeat(1, copies, 1))
         x = torch.cat([z, z]) if guided else z
-        for step, t in enumerate(times):
-            moving = moves[step]
-            if moving is not None:
-                drawn, joining = _draw(noise, step, z), joins[step]
-                if joining is not None:
-                    z = torch.where(_per_frame(joining), self.add_noise(z, drawn, t), z)
-                if joining is not None or z.dtype != wide:
-                    z = z.to(wide)
-                    x = torch.cat([z, z]) if guided else z
-                kwargs["x_mask"] = x_masks[step]
-            velocity = model(x, model_times[step], y=y, **kwargs)
-            # The step writes the batch that the model sees next; the last one, the result alone.
-            x = cfg_rflow_step(
-                z.to(wide),
-                velocity,
-                guidance if guided else None,
-                dt[step],
-                mask=moving,
-                copies=copies if step + 1 < steps else 1,
-            )
-            z = x[:batch]
-            if callback is not None:
-                version = _version(z)
-                callback(step, steps, t, z)
-                if version is None or _version(z) != version:
-                    x = torch.cat([z, z]) if guided else z
+        reusing = getattr(model, "reusing", nullcontext)
+        with reusing(model_times):
+            for step, t in enumerate(times):
+                moving = moves[step]
+                if moving is not None:
+                    drawn, joining = _draw(noise, step, z), joins[step]
+                    if joining is not None:
+                        z = torch.where(_per_frame(joining), self.add_noise(z, drawn, t), z)
+                    if joining is not None or z.dtype != wide:
+                        z = z.to(wide)
+                        x = torch.cat([z, z]) if guided else z
+                    kwargs["x_mask"] = x_masks[step]
+                velocity = model(x, model_times[step], y=y, **kwargs)
+                # The step writes the batch that the model sees next; the last one only z.
+                x = cfg_rflow_step(
+                    z.to(wide),
+                    velocity,
+                    guidance if guided else None,
+                    dt[step],
+                    mask=moving,
+                    copies=copies if step + 1 < steps else 1,
+                )
+                z = x[:batch]
+                if callback is not None:
+                    version = _version(z)
+                    callback(step, steps, t, z)
+                    if version is None or _version(z) != version:
+                        x = torch.cat([z, z]) if guided else z
         return z
 
     def _taking_part(self, mask: Tensor, times: Tensor) -> tuple[Tensor, list[Tensor | None]]:

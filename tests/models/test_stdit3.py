@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from opensora.errors import UsageError
 from opensora.models.stdit import PRESETS, STDiT3, STDiT3Config, build_stdit
+from opensora.models.stdit.block import STDiT3Block
+from opensora.models.stdit.reuse import Reuse
+from opensora.nn import PatchEmbed3D
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("stdit3_*.safetensors"))
@@ -67,6 +70,13 @@ def inputs(batch: int = 2, frames: int = 3, **changes: Any) -> dict[str, Any]:
     return given | changes
 
 
+def as_recorded(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Tensor:
+    """Return a submodule's output as the original has it: no positions, no norm of the next."""
+    if isinstance(module, PatchEmbed3D):
+        return module.forward(inputs[0])
+    return output[0] if isinstance(module, STDiT3Block) else output
+
+
 def test_all_kinds_of_recorded_runs_are_here() -> None:
     kinds = "cfg_mask grad image long nosigma_noqk pad skip_y textmask xmask"
     assert [f"stdit3_{kind}" for kind in kinds.split()] == CASES
@@ -79,7 +89,7 @@ def test_forward_matches_recorded(case: str) -> None:
     for name, module in golden.model.named_modules():
         if f"mid.{name}" in golden.wanted:
             module.register_forward_hook(
-                lambda _m, _i, out, n=name: found.update({f"mid.{n}": out})
+                lambda m, i, out, n=name: found.update({f"mid.{n}": as_recorded(m, i, out)})
             )
     with torch.no_grad():
         found["x"] = golden.model(**golden.inputs)
@@ -222,7 +232,7 @@ def test_autocast_keeps_the_residual_stream_in_float32() -> None:
     model, given = noisy_model(), inputs()
     seen = []
     for block in model.blocks():
-        block.register_forward_hook(lambda _m, i, out: seen.append((i[0].dtype, out.dtype)))
+        block.register_forward_hook(lambda _m, i, out: seen.append((i[0].dtype, out[0].dtype)))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         out = model(**given)
     assert seen == [(torch.float32, torch.float32)] * 4
@@ -290,3 +300,69 @@ def test_presets_take_changes_and_unknown_names_are_refused() -> None:
     assert build_stdit(TINY).config == TINY
     with pytest.raises(UsageError, match=r"unknown model 'STDiT3-S/2'.*STDiT3-XL/2"):
         build_stdit("STDiT3-S/2")
+
+
+def test_what_steps_share_is_computed_once_and_changes_nothing() -> None:
+    model, given = noisy_model(), inputs(x_mask=torch.tensor([[False, True, True]] * 2))
+    given["mask"] = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    once = ["y_embedder", "pos_embed", "fps_embedder", "t_block", "t_embedder"]
+    once += [f"{kind}_blocks.1.cross_attn.kv_linear" for kind in ("spatial", "temporal")]
+    calls = dict.fromkeys(once, 0)
+    for name in once:
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, _i, _o, n=name: calls.update({n: calls[n] + 1})
+        )
+    schedule = torch.tensor([[900.0, 900.0], [500.0, 400.0], [100.0, 50.0]])
+    steps = [given | {"timestep": t} for t in schedule]
+    with torch.no_grad():
+        wanted = [model(**step) for step in steps]
+        calls = dict.fromkeys(once, 0)
+        with model.reusing(schedule):
+            found = [model(**step) for step in steps]
+    at_zero = {"t_block": 2, "t_embedder": 2, "fps_embedder": 2}
+    assert calls == dict.fromkeys(once, 1) | at_zero
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_reuse_notices_other_conditions() -> None:
+    model, given = noisy_model(), inputs()
+    given["mask"] = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    changes: list[dict[str, Any]] = [
+        {"timestep": torch.tensor([10.0, 20.0])},
+        {"y": torch.randn(2, 1, 5, 8)},
+        {"mask": torch.tensor([[1, 0, 0, 0, 0]] * 2)},
+        {"fps": torch.tensor([24.0])},
+        {"height": torch.tensor([512.0])},
+        {"x": torch.randn(2, 4, 5, 4, 8)},
+        {"x": torch.randn(2, 4, 5, 8, 4)},
+        {"x_mask": torch.tensor([[False, True, True]] * 2)},
+    ]
+    with torch.no_grad(), model.reusing(torch.tensor([[500.0, 500.0]])):
+        for change in [{}, *changes]:
+            model(**given)
+            found = model(**given | change)
+            with model.reusing():
+                torch.testing.assert_close(found, model(**given | change), rtol=0, atol=0)
+        before = model(**given)
+        given["y"].mul_(2)  # the same tensor, written to
+        assert not torch.equal(model(**given), before)
+    with model.reusing():
+        model(**given).sum().backward()  # with gradients nothing is kept
+        model(**given).sum().backward()
+    assert model.y_embedder.y_proj.fc1.weight.grad is not None
+
+
+def test_a_timestep_is_found_only_in_its_schedule() -> None:
+    schedule = torch.arange(12.0).view(6, 2)
+    reuse = Reuse(schedule)
+    assert [reuse.locate(t)[0] for t in schedule] == list(range(6))
+    window = Reuse(schedule[2:4])
+    assert window.locate(schedule[3])[0] == 1
+    assert window.locate(schedule[3])[1] is window.schedule
+    assert window.locate(schedule[4])[1] is not window.schedule
+    for other in (schedule[1].clone(), schedule.flatten()[1:3], schedule[0].double()):
+        step, times = reuse.locate(other)
+        assert step == 0
+        assert times.data_ptr() == other.data_ptr()
+        assert times.shape == (1, 2)

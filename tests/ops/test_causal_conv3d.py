@@ -445,7 +445,7 @@ def test_opcheck(implementation: Implementation) -> None:
         x, weight, bias, residual, norm, _ = arguments(shape, torch.float32, "cpu", normed)
         tensors = [t.detach().to(implementation.device) for t in (x, weight, bias, residual, *norm)]
         args = (*tensors[:4], tensors[4:], [2, 1, 1])
-        torch.library.opcheck(op._forward._call, args)
+        torch.library.opcheck(op._forward.overload, args)
 
 
 @pytest.mark.usefixtures("on_cpu", "small_tiles")

@@ -315,10 +315,10 @@ def test_opcheck(implementation: Implementation) -> None:
                 a.detach() if isinstance(a, Tensor) else a
                 for a in arguments((1, 2, 2, 8), torch.float32, selected)
             ]
-            torch.library.opcheck(op._forward._call, tuple(args))
-            torch.library.opcheck(op._backward._call, tuple(args))
+            torch.library.opcheck(op._forward.overload, tuple(args))
+            torch.library.opcheck(op._backward.overload, tuple(args))
             args[1] = args[1].bfloat16()
-            torch.library.opcheck(op._backward._call, tuple(args))
+            torch.library.opcheck(op._backward.overload, tuple(args))
 
 
 @pytest.mark.parametrize("mode", ["auto", "require"])

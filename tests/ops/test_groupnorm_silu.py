@@ -292,10 +292,10 @@ def test_opcheck(implementation: Implementation) -> None:
         pytest.skip("the CPU has no kernel of this op; interpreted Triton stands in for one")
     args = arguments((1, 8, 2, 3, 5), 2, torch.float32, implementation.device)
     args = [a.detach() if isinstance(a, Tensor) else a for a in args]
-    torch.library.opcheck(op._forward._call, tuple(args))
+    torch.library.opcheck(op._forward.overload, tuple(args))
     x, weight, bias, groups, eps, silu = args
     mean_rstd = op._forward._call(x, weight, bias, groups, eps, silu)[1]
-    torch.library.opcheck(op._backward._call, (x, x, weight, bias, mean_rstd, silu))
+    torch.library.opcheck(op._backward.overload, (x, x, weight, bias, mean_rstd, silu))
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -240,8 +240,8 @@ def test_opcheck() -> None:
             for a in arguments((2, 3, 4, 32), torch.float32, selected)
         ]
         x, _, scale, select, _, scale0, eps = args
-        torch.library.opcheck(op._forward._call, tuple(args))
-        torch.library.opcheck(op._backward._call, (x, x, scale, select, scale0, eps))
+        torch.library.opcheck(op._forward.overload, tuple(args))
+        torch.library.opcheck(op._backward.overload, (x, x, scale, select, scale0, eps))
 
 
 @pytest.mark.parametrize("mode", ["auto", "require"])

@@ -385,9 +385,9 @@ def test_opcheck() -> None:
             for a in arguments((2, 3, 2, 3, 2, 8), -5, torch.float32, mode)
         ]
         with dispatched():
-            torch.library.opcheck(op._forward._call, tuple(args))
-            torch.library.opcheck(op._inplace._call, tuple(args))
-            torch.library.opcheck(op._backward._call, (args[0], *args))
+            torch.library.opcheck(op._forward.overload, tuple(args))
+            torch.library.opcheck(op._inplace.overload, tuple(args))
+            torch.library.opcheck(op._backward.overload, (args[0], *args))
 
 
 @pytest.mark.parametrize("kernels_mode", ["auto", "require"])

@@ -389,10 +389,10 @@ def test_opcheck(implementation: Implementation, kind: tuple[bool, bool]) -> Non
     x, y, gate, _, scale, select, gate0, _, scale0, eps = args
     kept = None if gate is None else y.bfloat16()
     with dispatched():
-        torch.library.opcheck(op._forward._call, tuple(args))
+        torch.library.opcheck(op._forward.overload, tuple(args))
         for dsum in (x, None):
             saved = (dsum, x, x, kept, gate, scale, select, gate0, scale0, eps)
-            torch.library.opcheck(op._backward._call, saved)
+            torch.library.opcheck(op._backward.overload, saved)
 
 
 @pytest.mark.parametrize("mode", ["auto", "require"])

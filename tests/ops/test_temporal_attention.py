@@ -329,8 +329,8 @@ def test_opcheck() -> None:
             for a in arguments((2, 3, 2, 2, 8), mode=mode)
         ]
         with dispatched():
-            torch.library.opcheck(op._forward._call, tuple(args))
-            torch.library.opcheck(op._backward._call, (randn(2, 3, 2, 16), *args))
+            torch.library.opcheck(op._forward.overload, tuple(args))
+            torch.library.opcheck(op._backward.overload, (randn(2, 3, 2, 16), *args))
 
 
 @pytest.mark.parametrize("kernels_mode", ["auto", "require"])

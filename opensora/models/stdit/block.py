@@ -1,12 +1,48 @@
-"""One block of STDiT3: self-attention over space or time, cross-attention to the text, an MLP."""
+"""One block of STDiT3: self-attention over space or time, cross-attention to the text, an MLP.
+
+B batch, T frames, S patches per frame, N = T * S tokens, C channels.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from opensora.functional import layernorm_modulate
-from opensora.nn import EPS, Attention, Mlp, MultiHeadCrossAttention
+from opensora.functional import gate_residual, layernorm_modulate, residual_layernorm_modulate
+from opensora.nn import EPS, Attention, Mlp, MultiHeadCrossAttention, PackedText
+
+_ATTENTION, _MLP = 0, 3  # first row of each branch: shift, scale, gate
+
+
+class Modulation(NamedTuple):
+    """Hold the adaLN vectors of one block.
+
+    Attributes:
+        rows: [B, 6, C]: shift, scale and gate of the self-attention, then of the MLP.
+        select: bool [B, T]; False frames take `rows0`. None: no frame does.
+        rows0: like `rows`, from timestep zero; comes with `select`.
+    """
+
+    rows: Tensor
+    select: Tensor | None = None
+    rows0: Tensor | None = None
+
+    def norm(self, first: int) -> dict[str, Any]:
+        """Return shift and scale as the ops take them."""
+        return self._named(shift=first, scale=first + 1)
+
+    def gate(self, first: int) -> dict[str, Any]:
+        """Return the gate as the ops take it."""
+        return self._named(gate=first + 2)
+
+    def _named(self, **places: int) -> dict[str, Any]:
+        named: dict[str, Any] = {"select": self.select}
+        for name, place in places.items():
+            named[name] = self.rows.select(1, place)
+            named[f"{name}0"] = None if self.rows0 is None else self.rows0.select(1, place)
+        return named
 
 
 class STDiT3Block(nn.Module):
@@ -17,8 +53,10 @@ class STDiT3Block(nn.Module):
         x = x + cross_attn(x, y)
         x = x + gate_m * mlp(LN(x) * (1 + scale_m) + shift_m)
 
-    The forward takes tensors and plain numbers and reads no tensor on the host, so
-    `block.compile()` gives one graph.
+    A sum and the norm that follows it are one pass over the tokens, also from block to block: a
+    block that is told what follows returns the next one's norm beside its tokens. The forward
+    takes tensors and plain numbers and reads no tensor on the host, so `block.compile()` gives one
+    graph.
 
     Args:
         hidden_size: C.
@@ -47,65 +85,53 @@ class STDiT3Block(nn.Module):
         self.cross_attn = MultiHeadCrossAttention(hidden_size, num_heads)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
 
+    def modulation(
+        self, t: Tensor, select: Tensor | None = None, t0: Tensor | None = None
+    ) -> Modulation:
+        """Return `scale_shift_table + t` for t [B, 6 * C]; t0 and `select` as in `Modulation`."""
+        table = self.scale_shift_table
+        rows0 = None if t0 is None else table + t0.unflatten(1, table.shape)
+        return Modulation(table + t.unflatten(1, table.shape), select, rows0)
+
     def forward(
         self,
         x: Tensor,
-        y: Tensor,
-        t: Tensor,
+        text: PackedText,
+        modulation: Modulation,
         frames: int,
         *,
-        y_mask: Tensor | None = None,
-        x_mask: Tensor | None = None,
-        t0: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Return [B, N, C].
+        normed: Tensor | None = None,
+        following: Modulation | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens [B, N, C], and with `following` their norm for the next block.
 
         Args:
-            x: tokens [B, N = T * S, C], frames slowest.
-            y: text [B, L, C].
-            t: [B, 6 * C], from the timestep.
+            x: tokens [B, N, C], frames slowest.
+            text: the text of all samples.
+            modulation: what `modulation` returns.
             frames: T.
-            y_mask: bool [B, L], True where a text token is seen; None: all are.
-            x_mask: bool [B, T]; False frames are modulated and gated by t0. None: none is.
-            t0: [B, 6 * C], from timestep zero; comes with `x_mask`.
             rotary: cos and sin [T, D] of the frames' positions, for a temporal block.
+            normed: x normalised and modulated for the self-attention, if it is known already.
+            following: the modulation of the next block.
         """
-        batch, tokens, channels = x.shape
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(t)
-        shift_a0 = scale_a0 = gate_a0 = shift_m0 = scale_m0 = gate_m0 = None
-        if x_mask is not None and t0 is not None:
-            shift_a0, scale_a0, gate_a0, shift_m0, scale_m0, gate_m0 = self._modulation(t0)
-        h = layernorm_modulate(
-            x, shift_a, scale_a, select=x_mask, shift0=shift_a0, scale0=scale_a0, eps=EPS
+        if normed is None:
+            normed = layernorm_modulate(x, **modulation.norm(_ATTENTION), eps=EPS)
+        by_frame = normed.unflatten(1, (frames, -1))
+        branch = self.attn(by_frame, rotary, temporal=self.temporal).flatten(1, 2)
+        x = gate_residual(x, self._dropped(branch), **modulation.gate(_ATTENTION))
+        x, normed = residual_layernorm_modulate(
+            x, self.cross_attn(x, text), None, **modulation.norm(_MLP), eps=EPS
         )
-        by_frame = h.view(batch, frames, tokens // frames, channels)
-        if self.temporal:
-            by_patch = by_frame.transpose(1, 2).reshape(-1, frames, channels)
-            h = self.attn(by_patch, rotary).view(batch, -1, frames, channels).transpose(1, 2)
-        else:
-            h = self.attn(by_frame.flatten(0, 1))
-        x = x + self._dropped(_gated(h.reshape(x.shape), gate_a, x_mask, gate_a0))
-        x = x + self.cross_attn(x, y, y_mask)
-        h = layernorm_modulate(
-            x, shift_m, scale_m, select=x_mask, shift0=shift_m0, scale0=scale_m0, eps=EPS
+        branch = self._dropped(self.mlp(normed))
+        if following is None:
+            return gate_residual(x, branch, **modulation.gate(_MLP)), None
+        return residual_layernorm_modulate(
+            x, branch, **modulation.gate(_MLP) | following.norm(_ATTENTION), eps=EPS
         )
-        return x + self._dropped(_gated(self.mlp(h), gate_m, x_mask, gate_m0))
-
-    def _modulation(self, t: Tensor) -> tuple[Tensor, ...]:
-        """Return six [B, C] of `scale_shift_table + t`."""
-        return (self.scale_shift_table[None] + t.view(t.shape[0], 6, -1)).unbind(1)
 
     def _dropped(self, branch: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:
             return branch
         kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.drop_path
         return branch * kept.to(branch.dtype) / (1 - self.drop_path)
-
-
-def _gated(x: Tensor, gate: Tensor, x_mask: Tensor | None, gate0: Tensor | None) -> Tensor:
-    """Return gate * x [B, N, C] with the gate of each frame: gate where x_mask, else gate0."""
-    if x_mask is None or gate0 is None:
-        return gate[:, None] * x
-    chosen = torch.where(x_mask[:, :, None], gate[:, None], gate0[:, None])  # [B, T, C]
-    return (chosen[:, :, None] * x.view(*chosen.shape[:2], -1, x.shape[-1])).flatten(1, 2)

@@ -6,9 +6,10 @@ C channels. Source: the published checkpoint hpcai-tech/OpenSora-STDiT-v3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +17,20 @@ from torch.utils.checkpoint import checkpoint
 
 from opensora.checkpoint import PretrainedMixin
 from opensora.errors import UsageError
-from opensora.models.stdit.block import STDiT3Block
+from opensora.models.stdit.block import Modulation, STDiT3Block
 from opensora.models.stdit.config import PRESETS, STDiT3Config
+from opensora.models.stdit.reuse import Reuse
 from opensora.models.stdit.state_dict import infer_config
 from opensora.nn import (
     CaptionEmbedder,
+    PackedText,
     PatchEmbed3D,
     PositionEmbedding2D,
     RotaryEmbedding,
     SizeEmbedder,
     T2IFinalLayer,
     TimestepEmbedder,
-    pad_packed,
+    pack_text,
 )
 
 
@@ -49,6 +52,7 @@ class STDiT3(PretrainedMixin, nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = False
+        self._reuse: Reuse | None = None
         width, heads = config.hidden_size, config.num_heads
         self.rope = RotaryEmbedding(width // heads)
         self.x_embedder = PatchEmbed3D(config.patch_size, config.in_channels, width)
@@ -80,10 +84,10 @@ class STDiT3(PretrainedMixin, nn.Module):
         self.final_layer = T2IFinalLayer(width, pt * ph * pw, config.out_channels)
         self.initialize_weights()
 
-    def blocks(self) -> list[nn.Module]:
+    def blocks(self) -> list[STDiT3Block]:
         """Return the blocks in running order: spatial 0, temporal 0, spatial 1, ..."""
         pairs = zip(self.spatial_blocks, self.temporal_blocks, strict=True)
-        return [block for pair in pairs for block in pair]
+        return [cast(STDiT3Block, block) for pair in pairs for block in pair]
 
     def initialize_weights(self) -> None:
         """Set the published start: temporal blocks and the frame rate begin without effect.
@@ -150,40 +154,110 @@ class STDiT3(PretrainedMixin, nn.Module):
         self._check(x, timestep, y, x_mask)
         batch, _, *size = x.shape
         dtype = self.x_embedder.proj.weight.dtype
-        x, timestep, y = x.to(dtype), timestep.to(dtype), y.to(dtype)
         patches = [-(-n // p) for n, p in zip(size, self.config.patch_size, strict=True)]
         frames, rows, columns = patches
+        # What is computed for a gradient belongs to its graph and is not kept.
+        keep = self._reuse if self._reuse and not torch.is_grad_enabled() else Reuse()
 
-        fps_embedding = self.fps_embedder(fps, batch)
-        t = self.t_embedder(timestep) + fps_embedding
-        t_block: Tensor = self.t_block(t)
-        t0 = t0_block = None
+        step, times = keep.locate(timestep)
+        t, modulations = keep(
+            "modulations",
+            (times, fps, batch, dtype),
+            lambda: self._modulations(times.to(dtype), fps, batch),
+        )
+        t0 = rows0 = None
         if x_mask is not None:
-            t0 = self.t_embedder(torch.zeros_like(timestep)) + fps_embedding
-            t0_block = self.t_block(t0)
-        y, y_mask = self._text(y, mask, batch, force_drop_ids)
+            t0, rows0 = keep(
+                "modulations at zero",
+                (fps, batch, dtype),
+                lambda: self._modulations(timestep.new_zeros(1, batch, dtype=dtype), fps, batch),
+            )
+            t0, rows0 = t0[0], rows0[0]
+        text = keep(
+            "text",
+            (y, mask, batch, dtype, force_drop_ids),
+            lambda: self._text(y.to(dtype), mask, batch, force_drop_ids),
+        )
+        positions = keep(
+            "positions",
+            (rows, columns, height, width, dtype),
+            lambda: self._positions(rows, columns, height, width),
+        )
+        rotary = keep("rotary", (frames,), lambda: self.rope.table(frames))
+        blocks = self.blocks()
+        texts = [text] * len(blocks)
+        if keep is self._reuse:
+            texts = keep("keys", (text.states,), lambda: self._with_keys(text))
 
+        conditions = [
+            Modulation(row, x_mask, None if rows0 is None else rows0[i])
+            for i, row in enumerate(modulations[step])
+        ]
+        tokens, normed = self.x_embedder(x.to(dtype), positions), None
+        for i, block in enumerate(blocks):
+            call = partial(block, rotary=rotary if block.temporal else None)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                tokens, _ = checkpoint(
+                    call, tokens, texts[i], conditions[i], frames, use_reentrant=False
+                )
+                continue
+            following = conditions[i + 1] if i + 1 < len(blocks) else None
+            tokens, normed = call(
+                tokens, texts[i], conditions[i], frames, normed=normed, following=following
+            )
+        return self._unpatchify(
+            self.final_layer(tokens, t[step], x_mask, t0), patches, size
+        ).float()
+
+    @contextmanager
+    def reusing(self, schedule: Tensor | None = None) -> Iterator[None]:
+        """Compute what the steps of a sample share once, while open, instead of at every call.
+
+        That is the projected text with its keys and values in every block, position codes, rotary
+        tables, and with a schedule the modulation of all blocks at all steps. Calls that need
+        gradients, and calls with other tensors as conditions, compute everything as always. Do
+        not change weights while open. `RFlow.sample` opens it.
+
+        Args:
+            schedule: timesteps [steps, B]; a call's `timestep` is found in it if it is
+                `schedule[i]`.
+        """
+        before, self._reuse = self._reuse, Reuse(schedule)
+        try:
+            yield
+        finally:
+            self._reuse = before
+
+    def _modulations(self, times: Tensor, fps: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """Return t [steps, B, C] and the rows of all blocks [steps, blocks, B, 6, C].
+
+        Args:
+            times: [steps, B].
+            fps: as in `forward`.
+            batch: B.
+        """
+        fps_embedding = self.fps_embedder(fps, batch)
+        t = self.t_embedder(times.flatten()).unflatten(0, times.shape) + fps_embedding
+        t_block = self.t_block(t.flatten(0, 1)).unflatten(0, times.shape).unflatten(-1, (6, -1))
+        tables = torch.stack([block.scale_shift_table for block in self.blocks()])
+        return t, tables[:, None] + t_block[:, None]
+
+    def _positions(self, rows: int, columns: int, height: Tensor, width: Tensor) -> Tensor:
+        """Return the position codes [1, S, C] of a frame's patches."""
         # In float64 on the device: exact, and without waiting for it.
         area = height.reshape(-1)[0].double() * width.reshape(-1)[0].double()
-        positions = self.pos_embed(
-            x,
+        result: Tensor = self.pos_embed(
+            self.x_embedder.proj.weight,
             rows,
             columns,
             area.sqrt() / self.config.input_sq_size,
             round((rows * columns) ** 0.5),
         )
-        tokens = self.x_embedder(x).unflatten(1, (frames, -1)) + positions[:, None]
-        tokens = tokens.flatten(1, 2)
-        rotary = self.rope.table(frames)
-        for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
-            for block, table in ((spatial, None), (temporal, rotary)):
-                conditions = {"y_mask": y_mask, "x_mask": x_mask, "t0": t0_block, "rotary": table}
-                call = partial(block, **conditions)
-                if self.checkpoint_blocks and torch.is_grad_enabled():
-                    tokens = checkpoint(call, tokens, y, t_block, frames, use_reentrant=False)
-                else:
-                    tokens = call(tokens, y, t_block, frames)
-        return self._unpatchify(self.final_layer(tokens, t, x_mask, t0), patches, size).float()
+        return result
+
+    def _with_keys(self, text: PackedText) -> list[PackedText]:
+        """Return the text with the keys and values of every block."""
+        return [text._replace(keys=block.cross_attn.keys(text)) for block in self.blocks()]
 
     def _text(
         self,
@@ -191,8 +265,8 @@ class STDiT3(PretrainedMixin, nn.Module):
         mask: Tensor | Sequence[int] | None,
         batch: int,
         force_drop_ids: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return projected text [B, L, C] and the bool mask [B, L] of its tokens, or None."""
+    ) -> PackedText:
+        """Return the projected text of all samples."""
         if self.config.skip_y_embedder:
             if mask is None:
                 raise UsageError(
@@ -201,10 +275,10 @@ class STDiT3(PretrainedMixin, nn.Module):
             lengths = mask.tolist() if isinstance(mask, Tensor) else list(mask)
             if len(lengths) != batch:
                 raise UsageError(f"STDiT3: expected {batch} text lengths, got {len(lengths)}")
-            return pad_packed(y, [int(n) for n in lengths])
+            return pack_text(y, [int(n) for n in lengths])
         y = self.y_embedder(y, train=self.training, force_drop_ids=force_drop_ids).squeeze(1)
         if mask is None:
-            return y, None
+            return pack_text(y)
         visible = torch.as_tensor(mask, device=y.device) != 0
         rows = visible.shape[0] if visible.ndim == 2 else 0
         if rows == 0 or visible.shape[1] != y.shape[1] or batch % rows:
@@ -220,7 +294,7 @@ class STDiT3(PretrainedMixin, nn.Module):
             longest = int(visible.any(0).nonzero().max()) + 1 if bool(visible.any()) else 1
             longest = -(-longest // 16) * 16
             y, visible = y[:, :longest], visible[:, :longest]
-        return y, visible
+        return pack_text(y, visible)
 
     def _unpatchify(self, tokens: Tensor, patches: list[int], size: list[int]) -> Tensor:
         """Return [B, out, T, H, W] of values [B, N, pt * ph * pw * out], out fastest; crop."""

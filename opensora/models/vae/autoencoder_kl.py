@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora.checkpoint import PretrainedMixin
 from opensora.errors import UsageError
 from opensora.models.config_fields import read_fields
 from opensora.models.vae.blocks_2d import EPS, DownBlock2D, MidBlock2D, UpBlock2D
+from opensora.models.vae.norm import GroupNorm
 from opensora.models.vae.posterior import Posterior
 
 DOWN_BLOCK = "DownEncoderBlock2D"
@@ -105,7 +105,7 @@ class Encoder2D(nn.Module):
             for i, pair in enumerate(pairs)
         )
         self.mid_block = MidBlock2D(widths[-1], groups, config.mid_block_add_attention)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Encoder2D(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(self.conv_norm_out(x))
         return out
 
 
@@ -131,7 +131,7 @@ class Decoder2D(nn.Module):
             for i, pair in enumerate(pairs)
         )
         self.mid_block = MidBlock2D(widths[0], groups, config.mid_block_add_attention)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class Decoder2D(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(self.conv_norm_out(x))
         return out
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora.models.vae.norm import GroupNorm
+
 # diffusers' GroupNorm epsilon in the VAEs; the temporal VAE has torch's 1e-5
 EPS = 1e-6
 _RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -17,9 +19,9 @@ class ResnetBlock2D(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=EPS)
+        self.norm1 = GroupNorm(groups, in_channels, eps=EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=EPS)
+        self.norm2 = GroupNorm(groups, out_channels, eps=EPS)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut: nn.Conv2d | None = None
         if in_channels != out_channels:
@@ -27,8 +29,8 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output [B, out_channels, H, W] for x [B, in_channels, H, W]."""
-        y: Tensor = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
+        y: Tensor = self.conv1(self.norm1(x))
+        y = self.conv2(self.norm2(y))
         shortcut: Tensor = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return shortcut + y
 
@@ -48,7 +50,7 @@ class AttentionBlock2D(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
+        self.group_norm = GroupNorm(groups, channels, eps=EPS, silu=False)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)

@@ -11,12 +11,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora.checkpoint import PretrainedMixin
 from opensora.errors import UsageError
+from opensora.functional import causal_conv3d
 from opensora.models.config_fields import read_fields
+from opensora.models.vae.norm import GroupNorm
 from opensora.models.vae.posterior import Posterior
 
 
@@ -72,6 +75,12 @@ class VAETemporalConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
 
+def _lay_out_weight(module: nn.Module, *_: object) -> None:
+    """Put the weight in the order in which kernels read it, once and not at every call."""
+    weight = module.get_parameter("conv.weight")
+    weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
+
+
 class CausalConv3d(nn.Module):
     """Convolve in space and time so that a frame depends on itself and earlier frames only.
 
@@ -101,6 +110,7 @@ class CausalConv3d(nn.Module):
         if isinstance(kernel_size, int):
             kernel_size = (kernel_size, kernel_size, kernel_size)
         kt, kh, kw = kernel_size
+        self.strides = strides
         self.time_pad = dilation * (kt - 1) + 1 - strides[0]
         self.conv = nn.Conv3d(
             in_channels,
@@ -111,13 +121,35 @@ class CausalConv3d(nn.Module):
             padding=(0, kh // 2, kw // 2),
             bias=bias,
         )
+        _lay_out_weight(self)
+        self.register_load_state_dict_post_hook(_lay_out_weight)  # type: ignore[no-untyped-call]
+        # What the op takes; published models have nothing else.
+        self._is_common = (
+            {kt, kh, kw} <= {1, 3} and strides in ((1, 1, 1), (2, 1, 1)) and dilation == 1
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [B, out_channels, ceil(T / stride_t), H, W] of x [B, in_channels, T, H, W]."""
-        if self.time_pad > 0:
-            x = F.pad(x, (0, 0, 0, 0, self.time_pad, 0))
-        out: Tensor = self.conv(x)
-        return out
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return [B, out_channels, ceil(T / stride_t), H, W].
+
+        Args:
+            x: [B, in_channels, T, H, W].
+            residual: added to the result.
+        """
+        conv, device = self.conv, x.device.type
+        if not self._is_common:
+            if self.time_pad > 0:
+                x = F.pad(x, (0, 0, 0, 0, self.time_pad, 0))
+            out: Tensor = conv(x)
+            return out if residual is None else residual + out
+        weight, bias = conv.weight, conv.bias
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        # Under autocast the residual stream is wider than the convolution.
+        fused = residual if residual is not None and residual.dtype == x.dtype else None
+        out = causal_conv3d(x, weight, bias, stride=self.strides, residual=fused)
+        return out if residual is None or residual is fused else residual + out
 
 
 class ResBlock(nn.Module):
@@ -125,9 +157,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.norm1 = GroupNorm(groups, in_channels)
         self.conv1 = CausalConv3d(in_channels, out_channels, 3, bias=False)
-        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels, 3, bias=False)
         self.conv3: CausalConv3d | None = None
         if in_channels != out_channels:
@@ -135,10 +167,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output [B, out_channels, T, H, W]."""
-        y: Tensor = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        shortcut: Tensor = x if self.conv3 is None else self.conv3(x)
-        return shortcut + y
+        y: Tensor = self.conv1(self.norm1(x))
+        shortcut = x if self.conv3 is None else self.conv3(x)
+        result: Tensor = self.conv2(self.norm2(y), shortcut)
+        return result
 
 
 def _res_blocks(in_channels: int, out_channels: int, config: VAETemporalConfig) -> nn.ModuleList:
@@ -162,7 +194,7 @@ class Encoder(nn.Module):
             for width, halve in zip(widths[:-1], config.temporal_downsample, strict=True)
         )
         self.res_blocks = _res_blocks(widths[-1], widths[-1], config)
-        self.norm1 = nn.GroupNorm(config.num_groups, widths[-1])
+        self.norm1 = GroupNorm(config.num_groups, widths[-1])
         self.conv2 = CausalConv3d(widths[-1], 2 * config.latent_embed_dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,7 +208,7 @@ class Encoder(nn.Module):
                 x = block(x)
         for block in self.res_blocks:
             x = block(x)
-        out: Tensor = self.conv2(F.silu(self.norm1(x)))
+        out: Tensor = self.conv2(self.norm1(x))
         return out
 
 
@@ -197,7 +229,7 @@ class Decoder(nn.Module):
             for width, double in zip(widths[1:], config.temporal_downsample, strict=True)
         )
         self.double_before = config.temporal_downsample
-        self.norm1 = nn.GroupNorm(config.num_groups, widths[0])
+        self.norm1 = GroupNorm(config.num_groups, widths[0])
         self.conv_out = CausalConv3d(widths[0], config.in_out_channels, 3)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -212,7 +244,7 @@ class Decoder(nn.Module):
                 x = block(x)
             if level > 0 and self.double_before[level - 1]:
                 x = interleave_frames(self.conv_blocks[level - 1](x))
-        out: Tensor = self.conv_out(F.silu(self.norm1(x)))
+        out: Tensor = self.conv_out(self.norm1(x))
         return out
 
 
@@ -223,10 +255,11 @@ def interleave_frames(x: Tensor) -> Tensor:
         x: [B, 2C, T, H, W].
 
     Returns:
-        [B, C, 2T, H, W].
+        [B, C, 2T, H, W], channels last.
     """
-    B, C, T, H, W = x.shape
-    return x.view(B, C // 2, 2, T, H, W).transpose(2, 3).reshape(B, C // 2, 2 * T, H, W)
+    batch, channels, *size = x.shape
+    halves = x.view(batch, channels // 2, 2, *size)
+    return halves.permute(0, 3, 2, 4, 5, 1).flatten(1, 2).movedim(-1, 1)
 
 
 class VAETemporal(PretrainedMixin, nn.Module):
