@@ -228,6 +228,17 @@ def test_blocks_compile_to_one_graph_each() -> None:
     torch.testing.assert_close(model(**given), wanted)
 
 
+def test_the_whole_model_compiles_to_one_graph() -> None:
+    model, given = noisy_model(), inputs(x_mask=torch.tensor([[False, True, True]] * 2))
+    given["mask"] = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        wanted = model(**given)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(**given), wanted)
+        with model.reusing(given["timestep"][None]):
+            torch.testing.assert_close(compiled(**given), wanted)
+
+
 def test_autocast_keeps_the_residual_stream_in_float32() -> None:
     model, given = noisy_model(), inputs()
     seen = []

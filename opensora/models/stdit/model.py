@@ -19,7 +19,7 @@ from opensora.checkpoint import PretrainedMixin
 from opensora.errors import UsageError
 from opensora.models.stdit.block import Modulation, STDiT3Block
 from opensora.models.stdit.config import PRESETS, STDiT3Config
-from opensora.models.stdit.reuse import Reuse
+from opensora.models.stdit.reuse import Anew, Reuse
 from opensora.models.stdit.state_dict import infer_config
 from opensora.nn import (
     CaptionEmbedder,
@@ -156,8 +156,10 @@ class STDiT3(PretrainedMixin, nn.Module):
         dtype = self.x_embedder.proj.weight.dtype
         patches = [-(-n // p) for n, p in zip(size, self.config.patch_size, strict=True)]
         frames, rows, columns = patches
-        # What is computed for a gradient belongs to its graph and is not kept.
-        keep = self._reuse if self._reuse and not torch.is_grad_enabled() else Reuse()
+        # What is computed for a gradient or in a traced graph belongs there and is not kept.
+        keep: Anew = Anew()
+        if self._reuse and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            keep = self._reuse
 
         step, times = keep.locate(timestep)
         t, modulations = keep(
