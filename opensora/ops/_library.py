@@ -82,13 +82,19 @@ class Op:
         if cuda is not None and find_spec("triton") is not None:
             self._kernels["cuda"] = "Triton"
             if INTERPRETED and self.launcher is not None:
-                self._kernels["cpu"], self._call = "Triton, interpreted", self.launcher
+                self._kernels["cpu"], self._call = "Triton, interpreted", self._interpret
                 dtypes.setdefault("cpu", (torch.float32,))  # its bfloat16 products are wrong
         registry.append(self)
 
     def __call__(self, *args: Any) -> Any:
         """Run the op through torch's dispatcher."""
         return self._call(*args)
+
+    def _interpret(self, *args: Any) -> Any:
+        """Run the launcher on CPU tensors; a graph takes the op, for nothing can trace Triton."""
+        assert self.launcher is not None
+        call = self.overload if torch.compiler.is_compiling() else self.launcher
+        return call(*args)
 
     def kernel(self, device_type: str) -> str | None:
         """Return the language of the kernel that serves a device type; None if there is none."""
