@@ -1,12 +1,22 @@
-"""Draw bench results as an SVG of horizontal bars, without a plotting library."""
+"""Draw bench results as bars and training runs as curves, in SVG, without a plotting library.
+
+python -m bench.plot --output loss.svg "stage 1=outputs/a/metrics.jsonl" "stage 2=..."
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 _ROW, _LEFT, _WIDTH = 22, 380, 480
+_COLOURS = ("#27c", "#2a7", "#c70", "#a3c", "#c33", "#777", "#0aa")
+_AREA = (60, 40, 720, 320)  # left, top, width, height of the axes
 
 
 def bars(entries: Sequence[dict[str, Any]], title: str) -> str:
@@ -38,3 +48,97 @@ def bars(entries: Sequence[dict[str, Any]], title: str) -> str:
     x = _LEFT + _WIDTH / 1.2
     parts.append(f'<path d="M{x:.0f} {_ROW}V{height}" stroke="#999"/></svg>')
     return "".join(parts) + "\n"
+
+
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], title: str) -> str:
+    """Return an SVG of lines over one axis of steps, values on a logarithmic axis.
+
+    Args:
+        series: Label -> (step, value > 0), in order of steps.
+        title: Heading.
+
+    Raises:
+        ValueError: There is no point to draw.
+    """
+    points = [point for line in series.values() for point in line]
+    if not points:
+        raise ValueError("nothing to draw: no series has a point")
+    left, top, width, height = _AREA
+    last = max(step for step, _ in points)
+    low, high = (math.log10(f(value for _, value in points)) for f in (min, max))
+    low, high = low - 0.02, max(high + 0.02, low + 0.1)
+
+    def x(step: float) -> float:
+        return left + width * step / last
+
+    def y(value: float) -> float:
+        return top + height * (high - math.log10(value)) / (high - low)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 40}" '
+        f'height="{top + height + 50 + 18 * len(series)}" font-family="sans-serif" font-size="12">',
+        f'<rect width="100%" height="100%" fill="white"/><text x="8" y="20">{escape(title)}</text>',
+    ]
+    for power in range(math.floor(low), math.ceil(high) + 1):
+        for digit in (1, 2, 5):
+            value = digit * 10.0**power
+            if low <= math.log10(value) <= high:
+                at = y(value)
+                parts.append(
+                    f'<path d="M{left} {at:.1f}h{width}" stroke="#ddd"/>'
+                    f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>'
+                )
+    for fifth in range(6):
+        step, below = last * fifth / 5, top + height + 18
+        parts.append(f'<text x="{x(step):.1f}" y="{below}" text-anchor="middle">{step:.0f}</text>')
+    for index, (label, line) in enumerate(series.items()):
+        colour = _COLOURS[index % len(_COLOURS)]
+        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in line)
+        below = top + height + 40 + 18 * index
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+            f'<text x="{left}" y="{below}" fill="{colour}">{escape(label)}</text>'
+        )
+    return "".join(parts) + "</svg>\n"
+
+
+def read_metrics(path: Path, key: str, after: float = 0.0) -> list[tuple[float, float]]:
+    """Read a metrics.jsonl of a training program: (after + step, value), a step's last record.
+
+    Raises:
+        ValueError: No record has the key, or a line is no JSON.
+    """
+    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    values = {record["step"]: record[key] for record in records if key in record}
+    if not values:
+        raise ValueError(f"no record has {key!r}")
+    return [(after + step, values[step]) for step in sorted(values)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw the metrics of training runs; stages follow one another, `+LABEL=` starts from zero."""
+    parser = argparse.ArgumentParser(prog="python -m bench.plot", description=main.__doc__)
+    parser.add_argument("runs", nargs="+", metavar="LABEL=FILE")
+    parser.add_argument("--key", default="loss", help="the value drawn; loss")
+    parser.add_argument("--title", default="", help="heading")
+    parser.add_argument("--output", type=Path, required=True, help="the SVG")
+    args = parser.parse_args(argv)
+    series: dict[str, list[tuple[float, float]]] = {}
+    after = 0.0
+    for run in args.runs:
+        label, _, path = run.partition("=")
+        try:
+            alone = label.startswith("+")
+            line = read_metrics(Path(path), args.key, 0.0 if alone else after)
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"cannot read {args.key!r} of {run!r}: {error}; pass LABEL=metrics.jsonl")
+        series[label.removeprefix("+")] = line
+        if line and not alone:
+            after = line[-1][0]
+    args.output.write_text(curves(series, args.title or args.key), "utf-8")
+    print(f"wrote {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import cases, gpu
+from bench import cases, gpu, plot
 from opensora.testing import randn
 
 
@@ -125,3 +126,27 @@ def test_every_op_has_cases_that_fit_a_cpu() -> None:
             if name.split()[0] == op and case.size(case.dtypes[0]) <= gpu.CPU_BYTES
         ]
         assert small, f"{op} has no case small enough for a machine without a GPU"
+
+
+def test_curves_of_training_stages_follow_one_another(tmp_path: Path) -> None:
+    def stage(name: str, *records: tuple[int, float]) -> str:
+        lines = [json.dumps({"step": step, "loss": loss}) for step, loss in records]
+        (tmp_path / name).write_text("\n".join(lines))
+        return str(tmp_path / name)
+
+    first = stage("a", (50, 1.0), (100, 0.5), (50, 0.9))  # resumed: step 50 was done twice
+    second = stage("b", (100, 0.1))
+    out = tmp_path / "loss.svg"
+    runs = [f"one={first}", f"two <b>={second}", f"+other={second}"]
+    assert plot.main([*runs, "--output", str(out), "--title", "a & b"]) == 0
+    root = ElementTree.parse(out).getroot()
+    lines = root.findall("{http://www.w3.org/2000/svg}polyline")
+    x = [[float(p.split(",")[0]) for p in line.attrib["points"].split()] for line in lines]
+    y = [[float(p.split(",")[1]) for p in line.attrib["points"].split()] for line in lines]
+    assert x == [[240.0, 420.0], [780.0], [420.0]]  # steps 50, 100; 200; 100 of at most 200
+    assert y[0][0] < y[0][1] < y[1][0] == y[2][0]
+    assert len(y[0]) == 2
+    with pytest.raises(SystemExit):
+        plot.main(["one=missing", "--output", str(out)])
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot.curves({"empty": []}, "")
