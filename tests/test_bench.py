@@ -117,6 +117,16 @@ def test_verifying_finds_results_that_change() -> None:
         cases.verify(case, torch.float32, "cpu")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it takes minutes and writes figures")
+def test_the_gpu_command_runs_where_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--no-tests", "--minutes", "0.2"]) == 0
+    printed = capsys.readouterr().out
+    assert ", 0 wrong; tests of the ops: not run" in printed
+    assert printed.count("verified ") == printed.count(": time was up") + printed.count("timed ")
+    for op in {name.split()[0] for name in gpu.collect("")}:
+        assert f"verified {op} " in printed
+
+
 def test_every_op_has_cases_that_fit_a_cpu() -> None:
     found = gpu.collect("")
     for op in {name.split()[0] for name in found}:
