@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.shapes import CELLS
+from bench.shapes import CELLS, LATENTS, TEXT
 from opensora.models.stdit import PRESETS, STDiT3
 from opensora.models.stdit.block import Modulation, STDiT3Block
 from opensora.nn import PackedText
 from opensora.traffic import Step, trace
 
 CONFIG = PRESETS["STDiT3-XL/2"]
-TEXT = 300  # tokens of every prompt
+LONGEST = max(TEXT["480p-2s"])  # tokens of every prompt
 DTYPE = torch.bfloat16
 #: Tokens read and written by each op that is no matrix product, if it does nothing twice.
 LEAST = {
@@ -128,9 +128,9 @@ def count_sampling_step() -> list[Step]:
         model = STDiT3(CONFIG.__class__(depth=1)).to(DTYPE).eval()
         schedule = torch.empty(30, 2)
         given = {
-            "x": torch.empty(2, 4, 15, 60, 106),
-            "y": torch.empty(2, 1, TEXT, CONFIG.caption_channels, dtype=DTYPE),
-            "mask": torch.empty(1, TEXT, dtype=torch.int64),
+            "x": torch.empty(2, *LATENTS["480p-2s"]),
+            "y": torch.empty(2, 1, LONGEST, CONFIG.caption_channels, dtype=DTYPE),
+            "mask": torch.empty(1, LONGEST, dtype=torch.int64),
             "fps": torch.empty(1),
             "height": torch.empty(1),
             "width": torch.empty(1),
@@ -155,9 +155,9 @@ def _arguments(cell: str, temporal: bool, device: str, *, keys: bool) -> dict[st
         return torch.empty(*shape, dtype=dtype, device=device)
 
     x = empty(batch, frames * patches, channels)
-    kv = empty(batch * TEXT, 2, heads, channels // heads) if keys else None
+    kv = empty(batch * LONGEST, 2, heads, channels // heads) if keys else None
     text = PackedText(
-        empty(batch * TEXT, channels), *empty(2, batch, dtype=torch.int32).unbind(0), TEXT, kv
+        empty(batch * LONGEST, channels), *empty(2, batch, dtype=torch.int32).unbind(0), LONGEST, kv
     )
     modulation = Modulation(empty(batch, 6, channels))
     tables = (empty(frames, channels // heads), empty(frames, channels // heads))

@@ -102,6 +102,15 @@ def apex_layer_norm(x: Tensor, eps: float) -> Tensor:
     return result
 
 
+def liger_layer_norm(x: Tensor, eps: float) -> Tensor:
+    """Normalise the last axis by Liger-Kernel, which insists on weights: ones and zeros."""
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    weight = x.new_ones(x.shape[-1])
+    result: Tensor = LigerLayerNormFunction.apply(x, weight, torch.zeros_like(weight), eps)
+    return result
+
+
 @cache
 def _apex_group_norm(groups: int, channels: int, eps: float, act: str) -> nn.Module:
     from apex.contrib.group_norm import GroupNorm

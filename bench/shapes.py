@@ -39,6 +39,12 @@ HEADS = {  # of the transformers' attention: B, T, S, H, D
     "720p-2s": (2, 15, 3600, 16, 72),  # 720x1280
 }
 
+TEXT = {  # tokens of a prompt and, for guidance, of the learned empty one, which is always full
+    "tiny": (24, 120),
+    "480p-2s": (120, 300),
+    "720p-2s": (120, 300),
+}
+
 FRAMES = {  # of attention over time: B, T, S, H, D
     "tiny": (2, 5, 16, 4, 32),
     "480p-2s": (2, 15, 1590, 16, 72),
@@ -51,4 +57,25 @@ CELLS = {  # what one STDiT3-XL/2 serves, guided: resolution and duration -> B, 
     f"{resolution}-{seconds}s": (2, frames, patches, 1152)
     for resolution, patches in (("240p", 405), ("480p", 1590), ("720p", 3600))  # 9:16
     for seconds, frames in ((2, 15), (4, 30), (8, 60), (16, 120))
+}
+
+SMALL_ACTIVATION = (2, 128, 3, 24, 40)  # in float64 too
+SMALL_CONVOLUTION = ((1, 64, 3, 20, 24), (256, 3, 3, 3), (1, 1, 1))
+
+# Compiled ahead of time and not run.
+COMPILED_HEADS = {
+    "720p-16s": (2, 120, 3600, 16, 72),  # 64-bit offsets
+    "128 wide": (2, 15, 1590, 16, 128),
+}
+COMPILED_ACTIVATIONS = {
+    "96 wide": (1, 96, 17, 60, 106),
+    "720p, 64-bit offsets": (1, 128, 34, 720, 1280),
+}
+COMPILED_CONVOLUTIONS = {
+    "2D, 128 wide": ((4, 128, 1, 480, 848), (128, 1, 3, 3), (1, 1, 1)),
+    "2D, halve size": ((4, 128, 1, 480, 848), (128, 1, 3, 3), (1, 2, 2)),
+    "128 wide, 64-bit offsets": ((1, 128, 34, 720, 1280), (128, 3, 3, 3), (1, 1, 1)),
+    # The first and the last of a VAE, which fill their tiles with zeros.
+    "4 to 512": ((1, 4, 5, 60, 106), (512, 3, 3, 3), (1, 1, 1)),
+    "128 to 3": ((1, 128, 17, 60, 106), (3, 3, 3, 3), (1, 1, 1)),
 }

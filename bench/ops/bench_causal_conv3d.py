@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Arguments, Case
-from bench.shapes import CONVOLUTIONS
+from bench.shapes import COMPILED_CONVOLUTIONS, CONVOLUTIONS, SMALL_CONVOLUTION
 from bench.static import Static
 from opensora.functional import causal_conv3d, groupnorm_silu
 from opensora.kernels import causal_conv3d as triton_kernels
@@ -22,7 +22,6 @@ from opensora.testing import randn
 
 _Shape = tuple[tuple[int, ...], tuple[int, ...], tuple[int, int, int]]
 GROUPS = 32
-SMALL: _Shape = ((1, 64, 3, 20, 24), (256, 3, 3, 3), (1, 1, 1))  # compared with float64
 
 
 def _arguments(shape: _Shape, normed: bool = False) -> Any:
@@ -77,7 +76,7 @@ CASES: dict[str, Case] = {
         op.reference,
         flops=_flops(shape),
         peers={"library, channels first": _channels_first},
-        check=_arguments(SMALL),
+        check=_arguments(SMALL_CONVOLUTION),
     )
     for name, shape in CONVOLUTIONS.items()
 } | {
@@ -87,7 +86,7 @@ CASES: dict[str, Case] = {
         op.reference,
         flops=_flops(CONVOLUTIONS["256 wide"]),
         peers={"groupnorm_silu, then this": _two_passes},
-        check=_arguments(SMALL, True),
+        check=_arguments(SMALL_CONVOLUTION, True),
     )
 }
 
@@ -117,12 +116,7 @@ def _useful(_: str, constants: dict[str, Any]) -> int:
 STATIC = {name: _static(shape) for name, shape in CONVOLUTIONS.items()} | {
     "256 wide float32": _static(CONVOLUTIONS["256 wide"], torch.float32),
     "256 wide, normed": _static(CONVOLUTIONS["256 wide"], normed=True),
-    "2D, 128 wide": _static(((4, 128, 1, 480, 848), (128, 1, 3, 3), (1, 1, 1))),
-    "2D, 128 wide, normed": _static(
-        ((4, 128, 1, 480, 848), (128, 1, 3, 3), (1, 1, 1)), normed=True
-    ),
-    "2D, halve size": _static(((4, 128, 1, 480, 848), (128, 1, 3, 3), (1, 2, 2))),
-    "128 wide, 64-bit offsets": _static(((1, 128, 34, 720, 1280), (128, 3, 3, 3), (1, 1, 1))),
-    "4 to 512": _static(((1, 4, 5, 60, 106), (512, 3, 3, 3), (1, 1, 1)), padded=True),
-    "128 to 3": _static(((1, 128, 17, 60, 106), (3, 3, 3, 3), (1, 1, 1)), padded=True),
+    "2D, 128 wide, normed": _static(COMPILED_CONVOLUTIONS["2D, 128 wide"], normed=True),
 }
+for _name, _shape in COMPILED_CONVOLUTIONS.items():
+    STATIC[_name] = _static(_shape, padded=_name in ("4 to 512", "128 to 3"))

@@ -16,15 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import peers
 from bench.cases import Arguments, Case
-from bench.shapes import HEADS
+from bench.shapes import COMPILED_HEADS, HEADS, TEXT
 from bench.static import Static
 from opensora.functional import cross_attention
 from opensora.kernels import cross_attention as triton_kernels
 from opensora.ops import cross_attention as op
 from opensora.testing import randn
 
-#: Text tokens: a prompt and, for guidance, the learned unconditional text, which is always full.
-LENGTHS = {"tiny": (24, 120), "480p-2s": (120, 300), "720p-2s": (120, 300)}
 Function = Callable[..., Any]
 
 
@@ -66,16 +64,16 @@ def _and_back(function: Function) -> Function:
 PEERS = {"sdpa efficient": _efficient, "flash-attn": peers.flash_attn_ragged}
 CASES: dict[str, Case] = {}
 for _name, _shape in HEADS.items():
-    _all = _shape[1] * _shape[2] * _shape[3] * _shape[4] * sum(LENGTHS[_name])
+    _all = _shape[1] * _shape[2] * _shape[3] * _shape[4] * sum(TEXT[_name])
     CASES[f"forward {_name}"] = Case(
-        _arguments(_shape, LENGTHS[_name]),
+        _arguments(_shape, TEXT[_name]),
         _run,
         op.reference,
         flops=2 * 2 * _all,
         peers=PEERS,
     )
     CASES[f"forward and backward {_name}"] = Case(
-        _arguments(_shape, LENGTHS[_name]),
+        _arguments(_shape, TEXT[_name]),
         _and_back(_run),
         _and_back(op.reference),
         flops=2 * 7 * _all,
@@ -89,20 +87,22 @@ def _useful(kernel: str, constants: dict[str, Any]) -> int:
     return int(products * constants["M"] * constants["N"] * constants["D"])
 
 
-def _static(width: int, dtype: torch.dtype = torch.bfloat16) -> Static:
-    q = torch.empty(2, 15 * 1590, 16, width, dtype=dtype, device="meta")
-    kv = torch.empty(420, 2, 16, width, dtype=dtype, device="meta")
+def _static(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Static:
+    batch, frames, tokens, heads, width = shape
+    lengths = TEXT["480p-2s"]
+    q = torch.empty(batch, frames * tokens, heads, width, dtype=dtype, device="meta")
+    kv = torch.empty(sum(lengths), 2, heads, width, dtype=dtype, device="meta")
     numbers = torch.empty(2, dtype=torch.int32, device="meta")
 
     def launch() -> None:
         y, lse = triton_kernels.forward(q, kv, numbers, numbers)
-        triton_kernels.backward(y, q, kv, numbers, numbers, y, lse, 300)
+        triton_kernels.backward(y, q, kv, numbers, numbers, y, lse, max(lengths))
 
     return Static(launch, _useful)
 
 
 STATIC = {
-    "480p-2s": _static(72),
-    "128 wide": _static(128),
-    "480p-2s float32": _static(72, torch.float32),
+    "480p-2s": _static(HEADS["480p-2s"]),
+    "128 wide": _static(COMPILED_HEADS["128 wide"]),
+    "480p-2s float32": _static(HEADS["480p-2s"], torch.float32),
 }

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from bench import peers
 from bench.cases import Arguments, Case
-from bench.shapes import ACTIVATIONS
+from bench.shapes import ACTIVATIONS, COMPILED_ACTIVATIONS, SMALL_ACTIVATION
 from bench.static import Static
 from opensora.functional import groupnorm_silu
 from opensora.kernels import groupnorm_silu as triton_kernels
@@ -21,7 +21,6 @@ from opensora.ops._channels_last import channels_last
 from opensora.testing import randn
 
 GROUPS = 32
-SMALL = (2, 128, 3, 24, 40)  # compared with float64
 DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -75,7 +74,7 @@ for _name, _shape in ACTIVATIONS.items():
         op.reference,
         _passes(_shape, 3),
         peers={"aten, channels_last": _aten, "apex": _apex},
-        check=_arguments(SMALL),
+        check=_arguments(SMALL_ACTIVATION),
         dtypes=DTYPES,
     )
     CASES[f"backward {_name}"] = Case(
@@ -83,7 +82,7 @@ for _name, _shape in ACTIVATIONS.items():
         _backward,
         op.reference_backward,
         _passes(_shape, 5),
-        check=_backward_arguments(SMALL),
+        check=_backward_arguments(SMALL_ACTIVATION),
         dtypes=DTYPES,
     )
 
@@ -104,6 +103,4 @@ STATIC = {
     "128 wide": _static(ACTIVATIONS["128 wide"]),
     "512 wide": _static(ACTIVATIONS["512 wide"]),
     "128 wide float32": _static(ACTIVATIONS["128 wide"], torch.float32),
-    "96 wide": _static((1, 96, 17, 60, 106)),
-    "720p, 64-bit offsets": _static((1, 128, 34, 720, 1280)),
-}
+} | {name: _static(shape) for name, shape in COMPILED_ACTIVATIONS.items()}

@@ -39,8 +39,14 @@ def _run(x: Any, shift: Any, scale: Any, select: Any, shift0: Any, scale0: Any, 
     return layernorm_modulate(x, shift, scale, select=select, shift0=shift0, scale0=scale0, eps=eps)
 
 
-def _apex(x: Any, shift: Any, scale: Any, *others: Any) -> Any:
-    return peers.apex_layer_norm(x, others[-1]) * (1 + scale)[:, None, None] + shift[:, None, None]
+def _with(norm: Any) -> Any:
+    def run(x: Any, shift: Any, scale: Any, *others: Any) -> Any:
+        return norm(x, others[-1]) * (1 + scale)[:, None, None] + shift[:, None, None]
+
+    return run
+
+
+PEERS = {"apex": _with(peers.apex_layer_norm), "liger": _with(peers.liger_layer_norm)}
 
 
 def _backward_arguments(shape: str) -> Any:
@@ -70,7 +76,7 @@ for _shape in TOKENS:
             _run,
             op.reference,
             _passes(_shape, 2),
-            peers={} if _selected else {"apex": _apex},
+            peers={} if _selected else PEERS,
             dtypes=DTYPES,
         )
     CASES[f"backward {_shape}"] = Case(

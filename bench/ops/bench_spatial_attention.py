@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench import peers
 from bench.cases import Arguments, Case
-from bench.shapes import HEADS
+from bench.shapes import COMPILED_HEADS, HEADS
 from bench.static import Static
 from opensora.functional import qk_norm_rope, spatial_attention
 from opensora.kernels import spatial_attention as triton_kernels
@@ -118,7 +118,7 @@ def _static(
 STATIC = {
     "480p-2s": _static(HEADS["480p-2s"]),
     "720p-2s without norm": _static(HEADS["720p-2s"], norm=False),
-    "720p-16s": _static((2, 120, 3600, 16, 72)),  # 64-bit offsets
-    "128 wide": _static((2, 15, 1590, 16, 128)),
+    "720p-16s": _static(COMPILED_HEADS["720p-16s"]),
+    "128 wide": _static(COMPILED_HEADS["128 wide"]),
     "480p-2s float32": _static(HEADS["480p-2s"], dtype=torch.float32),
 }
