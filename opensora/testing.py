@@ -12,11 +12,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -83,6 +84,21 @@ def _instruction_set(name: str) -> Iterator[None]:
     finally:
         if before is not None:
             _extension.use_instruction_set(before)
+
+
+@contextmanager
+def dispatched(functions: Mapping[_library.Op, Callable[..., Any]]) -> Iterator[None]:
+    """Give ops a CPU kernel: their own launcher where Triton is interpreted, else the function.
+
+    Schemas, fakes and autograd of ops without a C++ kernel are tested so, through the dispatcher.
+    """
+    with torch.library._scoped_library("opensora", "IMPL") as library, ExitStack() as stack:
+        for op, function in functions.items():
+            library.impl(op.name, op.launcher if _library.INTERPRETED else function, "CPU")
+            stack.enter_context(mock.patch.dict(op._kernels, {"cpu": "a test's"}))
+            stack.enter_context(mock.patch.dict(op.dtypes, {"cpu": op.dtypes["cuda"]}))
+        stack.enter_context(require())
+        yield
 
 
 def run_interpreted(test_file: str, keyword: str) -> None:

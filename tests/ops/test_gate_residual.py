@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -27,21 +25,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@contextmanager
-def dispatched() -> Iterator[None]:
-    """Run the bare ops on the CPU: on their launchers where Triton is interpreted, else on the
-    reference, which tests schemas, fakes and autograd without a GPU.
-    """
-    with torch.library._scoped_library("opensora", "IMPL") as library:
-        for each, plain in ((op._forward, op.reference), (op._backward, op.reference_backward)):
-            library.impl(each.name, each.launcher if INTERPRETED else plain, "CPU")
-        with (
-            mock.patch.dict(op._forward._kernels, {"cpu": "a test's"}),
-            mock.patch.dict(op.DTYPES, {"cpu": op.DTYPES["cuda"]}),
-            testing.require(),
-        ):
-            yield
-
+dispatched = partial(
+    testing.dispatched,
+    {op._forward: op.reference, op._backward: op.reference_backward},
+)
 
 # No C++ takes this op, and interpreted Triton takes what CUDA would.
 IMPLEMENTATIONS = [i for i in testing.implementations() if not i.name.startswith("C++")]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -42,20 +40,10 @@ def write(qkv: Tensor, *args: Any) -> None:
     qkv.copy_(op.reference(qkv, *args))
 
 
-@contextmanager
-def dispatched() -> Iterator[None]:
-    """Run the bare ops on the CPU, on the reference: tests schemas, fakes and autograd."""
-    plain = {op._forward: op.reference, op._inplace: write, op._backward: op.reference_backward}
-    with torch.library._scoped_library("opensora", "IMPL") as library:
-        for each, function in plain.items():
-            library.impl(each.name, function, "CPU")
-        with (
-            mock.patch.dict(op._forward._kernels, {"cpu": "a test's"}),
-            mock.patch.dict(op.DTYPES, {"cpu": op.DTYPES["cuda"]}),
-            testing.require(),
-        ):
-            yield
-
+dispatched = partial(
+    testing.dispatched,
+    {op._forward: op.reference, op._inplace: write, op._backward: op.reference_backward},
+)
 
 # No C++ takes this op, and interpreted Triton takes what CUDA would.
 IMPLEMENTATIONS = [i for i in testing.implementations() if not i.name.startswith("C++")]

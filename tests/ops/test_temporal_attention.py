@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -39,19 +37,10 @@ MODES = ["both", "norm", "rotary", "neither"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@contextmanager
-def dispatched() -> Iterator[None]:
-    """Run the bare ops on the CPU, on the reference: tests schemas, fakes and autograd."""
-    with torch.library._scoped_library("opensora", "IMPL") as library:
-        library.impl(op._forward.name, op.reference, "CPU")
-        library.impl(op._backward.name, op.reference_backward, "CPU")
-        with (
-            mock.patch.dict(op._forward._kernels, {"cpu": "a test's"}),
-            mock.patch.dict(op.DTYPES, {"cpu": op.DTYPES["cuda"]}),
-            testing.require(),
-        ):
-            yield
-
+dispatched = partial(
+    testing.dispatched,
+    {op._forward: op.reference, op._backward: op.reference_backward},
+)
 
 # No C++ takes this op, and interpreted Triton takes what CUDA would: float32 here, since its
 # products of bfloat16 are not those of a GPU.
