@@ -8,8 +8,8 @@ in multiples of the tokens [B, N, C]: what any implementation with these ops mus
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ LEAST = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Counts:
     """Hold the counts of one block.
 
@@ -125,7 +125,7 @@ def count_graphs(*, temporal: bool, cells: list[str]) -> int:
 def count_sampling_step() -> list[Step]:
     """Trace a whole model of two blocks at its second step, with what steps share reused."""
     with torch.device("meta"):
-        model = STDiT3(CONFIG.__class__(depth=1)).to(DTYPE).eval()
+        model = STDiT3(dataclasses.replace(CONFIG, depth=1)).to(DTYPE).eval()
         schedule = torch.empty(30, 2)
         given = {
             "x": torch.empty(2, *LATENTS["480p-2s"]),
