@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
 from bench import counted
 from bench.shapes import CELLS
 from opensora.functional import gate_residual
+from opensora.models.vae.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from opensora.models.vae.temporal import VAETemporal, VAETemporalConfig
 from opensora.traffic import trace
 
@@ -92,3 +95,21 @@ def test_the_temporal_vae_copies_nothing_around_its_convolutions() -> None:
     # is put in order.
     assert set(names) <= {"groupnorm_silu_forward", "causal_conv3d_forward", "aten.clone"}, names
     assert names.count("aten.clone") == 2 + 1
+
+
+def test_the_2d_vae_copies_nothing_around_its_convolutions() -> None:
+    config = AutoencoderKLConfig(block_out_channels=(64, 64, 128), layers_per_block=1)
+    with torch.device("meta"):
+        vae = AutoencoderKL(config).bfloat16()
+        x = torch.empty(2, 3, 32, 48, dtype=torch.bfloat16)
+    with torch.no_grad():
+        steps = trace(lambda: vae.decode(vae.encode(x).mean))
+    names = Counter(step.name for step in steps)
+    # In each mid-block attention, whose result is put in order, lies between norms and products.
+    attention = {"aten.addmm", "aten.bmm", "aten.mul", "aten._to_copy", "aten._safe_softmax"}
+    fused = {"groupnorm_silu_forward", "causal_conv3d_forward"}
+    assert set(names) - attention - fused == {
+        "aten.add", "aten.clone", "aten.upsample_nearest2d", "aten.clamp"
+    }  # fmt: skip
+    assert names["aten.add"] == names["aten.clone"] == 2
+    assert names["aten.clamp"] == 1  # the posterior's logarithm

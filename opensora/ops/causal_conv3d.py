@@ -7,7 +7,7 @@ where a is x, or silu(group norm of x) with `norm`, and zero outside. An axis wi
 stride s gets max(k - s, 0) zeros: time all of them in front, height and width half of them
 (rounded down) in front and the rest behind.
 Kernels: Triton on CUDA for the forward (`kernels/causal_conv3d.py`); the backward is the library's.
-For the convolutions of the temporal VAE, and with kt = 1 for those of the 2D VAE.
+For the convolutions of the temporal VAE, and of the 2D VAE: an image is a video of one frame.
 Axes: B batch, I input channels, O output channels, G groups, T frames, H height, W width.
 """
 
@@ -40,9 +40,10 @@ def reference(
     norm: _Norm,
     stride: list[int],
 ) -> Tensor:
-    """Compute the op in plain PyTorch: normalise, pad, convolve, add."""
+    """Compute the op in plain PyTorch: normalise, pad, convolve, add; of images in 2D."""
     padded, symmetric = _pad(normalise(x, *norm) if norm else x, weight, stride)
-    y = F.conv3d(padded, weight, bias, stride, symmetric)
+    convolve: Any = F.conv3d if x.dim() == 5 else F.conv2d
+    y: Tensor = convolve(padded, weight, bias, stride, symmetric)
     return y if residual is None else residual + y
 
 
@@ -50,8 +51,9 @@ def normalise(x: Tensor, mean_rstd: Tensor, weight: Tensor, bias: Tensor) -> Ten
     """Apply GroupNorm, whose statistics are given, and SiLU in float32; round once."""
     wide = torch.promote_types(x.dtype, torch.float32)
     statistics = mean_rstd.to(wide).repeat_interleave(x.shape[1] // mean_rstd.shape[1], dim=1)
-    mean, rstd = statistics[..., None, None, None].unbind(2)  # [B, I, 1, 1, 1]
-    factor, shift = (row.to(wide).view(-1, 1, 1, 1) for row in (weight, bias))
+    ones = [1] * (x.dim() - 2)
+    mean, rstd = (row.reshape(*row.shape, *ones) for row in statistics.unbind(2))  # [B, I, 1, ...]
+    factor, shift = (row.to(wide).view(-1, *ones) for row in (weight, bias))
     return F.silu((x.to(wide) - mean) * (rstd * factor) + shift).to(x.dtype)
 
 
@@ -67,29 +69,32 @@ def reference_backward(
     Time is padded by a copy of x, if it is padded: the library's own padding is symmetric.
     """
     padded, symmetric = _pad(x, weight, stride)
+    axes = len(stride)
     dpadded, dweight, dbias = torch.ops.aten.convolution_backward(
-        grad, padded, weight, [weight.shape[0]], stride, symmetric, [1, 1, 1], False, [0] * 3, 1,
-        needed,
+        grad, padded, weight, [weight.shape[0]], stride, symmetric, [1] * axes, False, [0] * axes,
+        1, needed,
     )  # fmt: skip
     if needed[0] and padded is not x:
-        front, height, width = padded.shape[2] - x.shape[2], x.shape[3], x.shape[4]
-        dpadded = dpadded[:, :, front:, :height, :width]
+        dpadded = dpadded[..., : x.shape[-2], : x.shape[-1]]
+        if axes == 3:
+            dpadded = dpadded[:, :, -x.shape[2] :]
     return dpadded, dweight, dbias
 
 
 def output_size(x: Tensor, weight: Tensor, stride: list[int]) -> list[int]:
-    """Return [B, O, T', H', W']: n + k - s pixels, or n where s > k, hold (that - k) // s + 1."""
+    """Return [B, O, (T',) H', W']: n + max(k - s, 0) pixels hold (that - k) // s + 1 windows."""
     sizes = zip(x.shape[2:], weight.shape[2:], stride, strict=True)
     return [x.shape[0], weight.shape[0], *[(n + max(k - s, 0) - k) // s + 1 for n, k, s in sizes]]
 
 
 def _pad(x: Tensor, weight: Tensor, stride: list[int]) -> tuple[Tensor, list[int]]:
     """Pad what the library cannot; return the padded x and the symmetric padding that is left."""
-    front, *zeros = (max(k - s, 0) for k, s in zip(weight.shape[2:], stride, strict=True))
-    behind = [n % 2 for n in zeros]  # the one that has no partner in front, and then no pair either
-    if front or any(behind):
-        x = F.pad(x, (0, behind[1], 0, behind[0], front, 0))
-    return x, [0, *[n // 2 for n in zeros]]
+    zeros = [max(k - s, 0) for k, s in zip(weight.shape[2:], stride, strict=True)]
+    time, height, width = [0] * (3 - len(zeros)) + zeros
+    behind = [0, width % 2, 0, height % 2]  # what has no partner in front; then there is no pair
+    if time or any(behind):
+        x = F.pad(x, [*behind, time, 0] if time else behind)
+    return x, [*[0] * (len(zeros) - 2), height // 2, width // 2]
 
 
 def _fake_forward(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
@@ -108,6 +113,25 @@ _forward = Op(
 )
 
 
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm: list[Tensor],
+    stride: list[int],
+) -> Tensor:
+    """Call the op, to which an image is a video of one frame."""
+    y: Tensor
+    if len(stride) == 3:
+        y = _forward(x, weight, bias, residual, norm, stride)
+        return y
+    lifted = (None if t is None else t.unsqueeze(2) for t in (x, weight, residual))
+    frame, kernel, added = lifted
+    y = _forward(frame, kernel, bias, added, norm, [1, *stride])
+    return y.squeeze(2)
+
+
 class _CausalConv3d(torch.autograd.Function):
     """Save x and the weight; the residual's gradient is the gradient itself."""
 
@@ -117,8 +141,7 @@ class _CausalConv3d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
-        y: Tensor = _forward(x, weight, bias, residual, [], stride)
-        return y
+        return _launch(x, weight, bias, residual, [], stride)
 
     @staticmethod
     @once_differentiable
@@ -134,7 +157,7 @@ def causal_conv3d(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    stride: tuple[int, int, int] = (1, 1, 1),
+    stride: tuple[int, ...] | None = None,
     residual: Tensor | None = None,
     norm: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -146,12 +169,15 @@ def causal_conv3d(
     all tensors; what needs a gradient is normalised by a pass of its own.
 
     Args:
-        x: [B, I, T, H, W], floating point. A kernel copies what is not in channels_last_3d memory
-            format; the same holds for `weight` and `residual`.
-        weight: [O, I, kt, kh, kw] of x's dtype; each of kt, kh, kw is 1 or 3.
+        x: [B, I, T, H, W], or images [B, I, H, W]; floating point. A kernel copies what is not in
+            channels_last_3d memory format (of images channels_last), and likewise for `weight`
+            and `residual`.
+        weight: [O, I, kt, kh, kw], for images [O, I, kh, kw], of x's dtype; each of kt, kh, kw is
+            1 or 3.
         bias: [O] of x's dtype.
-        stride: (st, sh, sw), each 1 or 2. Zeros: kt - st in front of the first frame; at stride 1
-            half of kh - 1 above and below; at stride 2 all of kh - 2 below. Width like height.
+        stride: (st, sh, sw), for images (sh, sw), each 1 or 2; by default all 1. Zeros: kt - st in
+            front of the first frame; at stride 1 half of kh - 1 above and below; at stride 2 all
+            of kh - 2 below. Width like height.
         residual: Added to the result; of its shape and dtype.
         norm: (mean_rstd, weight, bias) of a GroupNorm that is applied to x, and SiLU after it:
             mean and 1 / sqrt(var + eps) of the groups, [B, G, 2] float32 (float64 for float64 x),
@@ -160,8 +186,8 @@ def causal_conv3d(
             time: see the kernel's file.
 
     Returns:
-        [B, O, T', H', W'] of x's dtype; of a kernel in channels_last_3d memory format. At stride 1
-        T' = T, at stride 2 and kernel 3 it is T // 2.
+        [B, O, T', H', W'], of images [B, O, H', W'], of x's dtype; of a kernel with the channels
+        last in memory. At stride 1 T' = T, at stride 2 and kernel 3 it is T // 2.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together.
@@ -169,22 +195,21 @@ def causal_conv3d(
 
     Source: Yu et al., 2023, Language Model Beats Diffusion (MAGVIT-v2); Open-Sora 1.2's strides.
     """
-    _check(x, weight, bias, residual, norm or (), stride)
+    strides = [1] * (x.dim() - 2) if stride is None else list(stride)
+    _check(x, weight, bias, residual, norm or (), strides)
     if not _forward.serves(x):
-        return reference(x, weight, bias, residual, norm or (), list(stride))
+        return reference(x, weight, bias, residual, norm or (), strides)
     recorded = needs_grad(x, weight, bias, residual, *(norm or ()))
     if recorded and norm is not None:
         x, norm = normalise(x, *norm), None
     x, weight = channels_last(x), channels_last(weight)
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else channels_last(residual)
-    y: Tensor
     if recorded:
         run: Any = _CausalConv3d.apply
-        y = run(x, weight, bias, residual, list(stride))
-    else:
-        y = _forward(x, weight, bias, residual, [t.contiguous() for t in norm or ()], list(stride))
-    return y
+        y: Tensor = run(x, weight, bias, residual, strides)
+        return y
+    return _launch(x, weight, bias, residual, [t.contiguous() for t in norm or ()], strides)
 
 
 def _check(
@@ -193,20 +218,22 @@ def _check(
     bias: Tensor | None,
     residual: Tensor | None,
     norm: _Norm,
-    stride: tuple[int, int, int],
+    stride: list[int],
 ) -> None:
     """Raise ValueError, with what was expected and what came, where arguments do not fit."""
-    if x.dim() != 5 or not x.is_floating_point():
-        raise ValueError(f"x must be float [B, I, T, H, W], got {_describe(x)}")
+    if x.dim() not in (4, 5) or not x.is_floating_point():
+        raise ValueError(f"x must be float [B, I, T, H, W] or [B, I, H, W], got {_describe(x)}")
     batch, inputs = x.shape[:2]
-    if weight.dim() != 5 or weight.shape[1] != inputs or {*weight.shape[2:]} - {1, 3}:
+    axes = ("t", "h", "w")[5 - x.dim() :]
+    if weight.dim() != x.dim() or weight.shape[1] != inputs or {*weight.shape[2:]} - {1, 3}:
         raise ValueError(
-            f"weight must be [O, I = {inputs}, kt, kh, kw] with kernels of 1 or 3, "
-            f"got {_describe(weight)}"
+            f"weight must be [O, I = {inputs}, {', '.join('k' + a for a in axes)}] with kernels of "
+            f"1 or 3, got {_describe(weight)}"
         )
-    if len(stride) != 3 or {*stride} - {1, 2}:
-        raise ValueError(f"stride must be (st, sh, sw), each 1 or 2, got {stride}")
-    size = output_size(x, weight, list(stride))
+    if len(stride) != len(axes) or {*stride} - {1, 2}:
+        strides = ", ".join("s" + axis for axis in axes)
+        raise ValueError(f"stride must be ({strides}), each 1 or 2, got {tuple(stride)}")
+    size = output_size(x, weight, stride)
     if min(size[2:]) < 1:
         raise ValueError(
             f"x {list(x.shape)} has too few frames or pixels for kernel {list(weight.shape[2:])} "

@@ -379,7 +379,7 @@ def test_old_attention_names_load_from_a_folder(tmp_path: Path) -> None:
     ours, _, x = build_pair("two_levels")
     ours.save_pretrained(tmp_path)
     old = {
-        k.replace("to_q", "query").replace("to_out.0", "proj_attn"): v
+        k.replace("to_q", "query").replace("to_out.0", "proj_attn"): v.contiguous()
         for k, v in ours.state_dict().items()
     }
     save_file(old, tmp_path / "model.safetensors")

@@ -17,8 +17,7 @@ from opensora import testing
 from opensora.functional import causal_conv3d
 from opensora.kernels import causal_conv3d as kernels
 from opensora.launches import record
-from opensora.models.vae.blocks_2d import Downsample2D
-from opensora.models.vae.temporal import CausalConv3d
+from opensora.models.vae.conv import CausalConv3d, Conv2d
 from opensora.ops import causal_conv3d as op
 from opensora.ops import groupnorm_silu
 from opensora.ops._channels_last import channels_last
@@ -275,13 +274,68 @@ def test_reference_is_what_the_temporal_vae_computes(kernel: Any, stride: int) -
     )
 
 
-def test_reference_is_what_the_2d_vae_computes() -> None:
-    x = randn(2, 4, 6, 9)
-    down, conv = Downsample2D(4), torch.nn.Conv2d(4, 5, 3, padding=1)
-    for module, expected, stride in ((down.conv, down(x), 2), (conv, conv(x), 1)):
-        weight = module.weight[:, :, None]
-        y = op.reference(x[:, :, None], weight, module.bias, None, (), [1, stride, stride])
-        torch.testing.assert_close(y[:, :, 0], expected)
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("case", [1, 2, 3, 7], ids=lambda i: str(CASES[i]))
+@each_implementation
+def test_an_image_is_a_video_of_one_frame(
+    implementation: Implementation, case: int, normed: bool
+) -> None:
+    (batch, inputs, _, height, width), (outputs, _, kh, kw), (_, sh, sw) = CASES[case]
+    video = (batch, inputs, 1, height, width), (outputs, 1, kh, kw), (1, sh, sw)
+    args = arguments(video, device=implementation.device, normed=normed)
+    image = [
+        a.detach().squeeze(2).requires_grad_() if isinstance(a, Tensor) and a.dim() == 5 else a
+        for a in args
+    ]
+    image[-1] = (sh, sw)
+    with implementation.activate():
+        y, expected = call(image), call(args)
+        grad = randn(*y.shape, seed=7)
+        found, wanted = gradients(y, image, grad), gradients(expected, args, grad.unsqueeze(2))
+    assert implementation.name == "reference" or channels_last(y) is y
+    torch.testing.assert_close(y, expected.squeeze(2))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.reshape(other.shape), other, rtol=1e-4, atol=1e-4)
+    dx, dweight, dbias = op.reference_backward(
+        grad.to(y), normalised(image), image[1], list(image[-1])
+    )
+    if not normed:
+        torch.testing.assert_close(dx, found[0], rtol=1e-4, atol=1e-4)
+    for one, other in zip((dweight, dbias), found[1:3], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def normalised(args: Args) -> Tensor:
+    return op.normalise(args[0], *args[4]) if args[4] else args[0]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("size", [(6, 9), (5, 8)])
+@each_implementation
+def test_images_are_convolved_as_by_the_library(
+    implementation: Implementation, size: tuple[int, int]
+) -> None:
+    x, residual = (randn(2, 4, *size, device=implementation.device, seed=i) for i in (1, 2))
+    pad = torch.nn.functional.pad
+    for kernel, stride, padding in ((3, 1, 1), (1, 1, 0), (3, 2, 0)):
+        conv = Conv2d(4, 4, kernel, stride=stride).to(implementation.device)
+        library = torch.nn.Conv2d(4, 4, kernel, stride, padding).to(implementation.device)
+        library.load_state_dict(conv.state_dict())
+        with implementation.activate(), torch.no_grad():
+            y = conv(x)
+            torch.testing.assert_close(y, library(x if stride == 1 else pad(x, (0, 1, 0, 1))))
+            if stride == 1:
+                torch.testing.assert_close(conv(x, residual), y + residual)
+
+
+def test_weights_keep_the_order_of_memory_that_kernels_read() -> None:
+    for module in (Conv2d(4, 6, 3), CausalConv3d(4, 6, 3)):
+        dense = {name: t.contiguous() for name, t in module.state_dict().items()}
+        module.load_state_dict(dense)
+        (weight,) = (t for t in module.parameters() if t.dim() > 1)
+        assert channels_last(weight) is weight
+        assert not weight.is_contiguous()
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -475,7 +529,8 @@ def test_a_required_kernel_that_cannot_run_raises() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(2, 4, 3, 3)}, r"x must be float \[B, I, T, H, W\]"),
+        ({"x": torch.zeros(2, 4, 3)}, r"x must be float \[B, I, T, H, W\] or \[B, I, H, W\]"),
+        ({"x": torch.zeros(2, 4, 3, 3)}, r"weight must be \[O, I = 4, kh, kw\]"),
         ({"x": torch.zeros(2, 4, 4, 3, 3).int()}, "x must be float"),
         ({"weight": torch.zeros(6, 5, 3, 3, 3)}, r"weight must be \[O, I = 4, kt, kh, kw\]"),
         ({"weight": torch.zeros(6, 4, 3, 5, 3)}, "kernels of 1 or 3, got .*3, 5, 3"),

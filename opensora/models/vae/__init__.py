@@ -1,8 +1,9 @@
 """The VAEs: per frame (AutoencoderKL), over time (VAETemporal), and both (VideoAutoencoder)."""
 
 from opensora.models.vae.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from opensora.models.vae.conv import CausalConv3d
 from opensora.models.vae.posterior import Posterior
-from opensora.models.vae.temporal import CausalConv3d, VAETemporal, VAETemporalConfig
+from opensora.models.vae.temporal import VAETemporal, VAETemporalConfig
 from opensora.models.vae.video import SPATIAL_SCALE, Reconstruction, VideoAutoencoder
 from opensora.models.vae.video_config import OPENSORA_VAE_V1_2, PRESETS, VideoAutoencoderConfig
 

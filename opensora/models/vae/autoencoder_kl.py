@@ -18,6 +18,7 @@ from opensora.checkpoint import PretrainedMixin
 from opensora.errors import UsageError
 from opensora.models.config_fields import read_fields
 from opensora.models.vae.blocks_2d import EPS, DownBlock2D, MidBlock2D, UpBlock2D
+from opensora.models.vae.conv import Conv2d
 from opensora.models.vae.norm import GroupNorm
 from opensora.models.vae.posterior import Posterior
 
@@ -98,7 +99,7 @@ class Encoder2D(nn.Module):
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3)
         pairs = list(zip((widths[0], *widths), widths, strict=False))
         self.down_blocks = nn.ModuleList(
             DownBlock2D(pair, config.layers_per_block, groups, i < len(pairs) - 1)
@@ -106,7 +107,7 @@ class Encoder2D(nn.Module):
         )
         self.mid_block = MidBlock2D(widths[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = GroupNorm(groups, widths[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the moments before the quantising convolution."""
@@ -124,7 +125,7 @@ class Decoder2D(nn.Module):
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, widths[0], 3)
         pairs = list(zip((widths[0], *widths), widths, strict=False))
         self.up_blocks = nn.ModuleList(
             UpBlock2D(pair, config.layers_per_block + 1, groups, i < len(pairs) - 1)
@@ -132,7 +133,7 @@ class Decoder2D(nn.Module):
         )
         self.mid_block = MidBlock2D(widths[0], groups, config.mid_block_add_attention)
         self.conv_norm_out = GroupNorm(groups, widths[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], config.out_channels, 3)
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the images."""
@@ -158,12 +159,12 @@ class AutoencoderKL(PretrainedMixin, nn.Module):
         latent = config.latent_channels
         self.encoder = Encoder2D(config)
         self.decoder = Decoder2D(config)
-        self.quant_conv: nn.Conv2d | None = None
-        self.post_quant_conv: nn.Conv2d | None = None
+        self.quant_conv: Conv2d | None = None
+        self.post_quant_conv: Conv2d | None = None
         if config.use_quant_conv:
-            self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
+            self.quant_conv = Conv2d(2 * latent, 2 * latent, 1)
         if config.use_post_quant_conv:
-            self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+            self.post_quant_conv = Conv2d(latent, latent, 1)
 
     def encode(self, x: Tensor) -> Posterior:
         """Return the posterior [B, latent, H // f, W // f] of images x [B, in, H, W] in [-1, 1].

@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora.models.vae.conv import Conv2d
 from opensora.models.vae.norm import GroupNorm
 
 # diffusers' GroupNorm epsilon in the VAEs; the temporal VAE has torch's 1e-5
@@ -20,19 +21,19 @@ class ResnetBlock2D(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, eps=EPS)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3)
         self.norm2 = GroupNorm(groups, out_channels, eps=EPS)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut: nn.Conv2d | None = None
+        self.conv2 = Conv2d(out_channels, out_channels, 3)
+        self.conv_shortcut: Conv2d | None = None
         if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+            self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output [B, out_channels, H, W] for x [B, in_channels, H, W]."""
         y: Tensor = self.conv1(self.norm1(x))
-        y = self.conv2(self.norm2(y))
-        shortcut: Tensor = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return shortcut + y
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        result: Tensor = self.conv2(self.norm2(y), shortcut)
+        return result
 
 
 def _rename_old_keys(
@@ -89,11 +90,11 @@ class Downsample2D(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, C, H // 2, W // 2]."""
-        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        out: Tensor = self.conv(x)
         return out
 
 
@@ -102,7 +103,7 @@ class Upsample2D(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, C, 2H, 2W]."""
