@@ -281,12 +281,14 @@ def backward(
     o: Tensor,
     lse: Tensor,
     longest: int,
+    text: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launch both backward kernels; returns dq and dkv, dense."""
+    """Launch both backward kernels; returns dq and dkv, dense; dkv empty without `text`."""
     batch, tokens, heads, width = q.shape
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     if q.numel() == 0 or kv.numel() == 0:
-        return dq.zero_(), torch.zeros_like(kv, memory_format=torch.contiguous_format)
+        dkv = torch.zeros_like(kv, memory_format=torch.contiguous_format)
+        return dq.zero_(), dkv if text else kv.new_empty(0)
     delta = torch.empty_like(lse)
     config = Config.heuristic(width, q.dtype)
     with torch.cuda.device_of(q):
@@ -300,6 +302,8 @@ def backward(
             LOG2E / width**0.5,
             **constants,
         )
+        if not text:
+            return dq, kv.new_empty(0)
         tile = config.key_gradient
         chunks = config.chunks(batch * heads, tokens, longest)
         chunk = triton.cdiv(triton.cdiv(tokens, chunks), tile.streamed) * tile.streamed

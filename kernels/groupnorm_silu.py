@@ -158,7 +158,6 @@ def join_kernel(
         weight = tl.where(inside, pixels.to(tl.float32), 0.0)
         total = tl.sum(weight)
         centre = tl.sum(means * weight) / total
-        centre += tl.sum(tl.where(inside, means - centre, 0.0) * weight) / total
         means = tl.where(inside, means - centre, 0.0)
         spread = tl.load(partial_ptr + at + C, mask=inside, other=0.0) + means * means * weight
         # Chan's rule for two sets of which mean and squares are known.

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from opensora import _extension
 from opensora.ops import _library
+from opensora.sanitizer import guard_memory, surround, watch_interpreter
 
 
 @contextmanager
@@ -60,7 +61,7 @@ class Implementation:
 def implementations() -> list[Implementation]:
     """List what can run here; in a process with `TRITON_INTERPRET=1`, interpreted Triton alone."""
     if _library.INTERPRETED:
-        return [Implementation("Triton interpreted", "cpu", require)]
+        return [Implementation("Triton interpreted", "cpu", _watched)]
     found = [Implementation("reference", "cpu", reference)]
     for name in _extension.INSTRUCTION_SETS:
         try:
@@ -70,7 +71,7 @@ def implementations() -> list[Implementation]:
             continue  # this processor lacks it, or nothing is compiled
         found.append(Implementation(f"C++ {name}", "cpu", activate))
     if torch.cuda.is_available():
-        found.append(Implementation("Triton", "cuda", require))
+        found.append(Implementation("Triton", "cuda", _guarded))
     return found
 
 
@@ -84,6 +85,18 @@ def _instruction_set(name: str) -> Iterator[None]:
     finally:
         if before is not None:
             _extension.use_instruction_set(before)
+
+
+@contextmanager
+def _guarded() -> Iterator[None]:
+    with require(), guard_memory():
+        yield
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    with _guarded(), watch_interpreter():
+        yield
 
 
 @contextmanager
@@ -124,11 +137,21 @@ def randn(
     device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> Tensor:
-    """Draw a normal tensor that depends on the seed alone, not on device or dtype."""
+    """Draw a normal tensor that depends on the seed alone, not on device or dtype.
+
+    In memory NaN stands in front of it and behind it, for whoever reads past its ends.
+    """
     if str(device) == "meta":
         return torch.empty(*shape, dtype=dtype, device=device)
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    drawn = torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    return surround(drawn).copy_(drawn)
+
+
+def alternate(batch: int, frames: int, device: str | torch.device = "cpu") -> Tensor:
+    """Choose every other frame, bool [B, T]; both kinds in every sample that has two frames."""
+    tokens = torch.arange(batch * (frames + 1), device=device)
+    return (tokens.view(batch, frames + 1)[:, :frames] % 2 == 1).contiguous()
 
 
 def double(values: Sequence[Any]) -> list[Any]:

@@ -96,7 +96,7 @@ def _static(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Stat
 
     def launch() -> None:
         y, lse = triton_kernels.forward(q, kv, numbers, numbers)
-        triton_kernels.backward(y, q, kv, numbers, numbers, y, lse, max(lengths))
+        triton_kernels.backward(y, q, kv, numbers, numbers, y, lse, max(lengths), True)
 
     return Static(launch, _useful)
 

@@ -37,7 +37,7 @@ def reference(q: Tensor, kv: Tensor, starts: Tensor, lengths: Tensor, longest: i
 def reference_backward(
     grad: Tensor, q: Tensor, kv: Tensor, starts: Tensor, lengths: Tensor, longest: int
 ) -> tuple[Tensor, Tensor]:
-    """Return what `_backward` returns. With weights p of the softmax and dp = grad v':
+    """Return what `_backward` returns for `text`. With weights p of the softmax and dp = grad v':
 
     dv = p' grad, ds = p * (dp - sum(p * dp)) / sqrt(D), dq = ds k, dk = ds' q
     """
@@ -76,9 +76,10 @@ def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return y, q.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
-def _fake_backward(grad: Tensor, q: Tensor, kv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad: Tensor, q: Tensor, kv: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     dense = torch.contiguous_format
-    return torch.empty_like(q, memory_format=dense), torch.empty_like(kv, memory_format=dense)
+    dkv = torch.empty_like(kv, memory_format=dense) if others[-1] else kv.new_empty(0)
+    return torch.empty_like(q, memory_format=dense), dkv
 
 
 # lse [B, H, N] float32: log2 of the sum of exp(score); -inf where a sample has no text.
@@ -90,9 +91,10 @@ _forward = Op(
     cuda="opensora.kernels.cross_attention:forward",
 )
 
+# dkv is empty unless `text` asks for it.
 _backward = Op(
     "cross_attention_backward(Tensor grad, Tensor q, Tensor kv, Tensor starts, Tensor lengths, "
-    "Tensor y, Tensor lse, SymInt longest) -> (Tensor dq, Tensor dkv)",
+    "Tensor y, Tensor lse, SymInt longest, bool text) -> (Tensor dq, Tensor dkv)",
     fake=_fake_backward,
     dtypes=DTYPES,
     cuda="opensora.kernels.cross_attention:backward",
@@ -117,8 +119,9 @@ class _CrossAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dkv = _backward(grad.contiguous(), *ctx.saved_tensors, ctx.longest)
-        return None, dq, dkv, None, None
+        text = ctx.needs_input_grad[2]
+        dq, dkv = _backward(grad.contiguous(), *ctx.saved_tensors, ctx.longest, text)
+        return None, dq, dkv if text else None, None, None
 
 
 def cross_attention(

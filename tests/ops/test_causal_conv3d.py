@@ -626,4 +626,4 @@ def test_padding_takes_no_memory() -> None:
 
 
 def test_triton_in_the_interpreter() -> None:
-    testing.run_interpreted(__file__, "Triton-interpreted and not any_shape and not deterministic")
+    testing.run_interpreted(__file__, "Triton-interpreted")

@@ -361,4 +361,4 @@ def test_int64_offsets_are_asked_for_where_a_block_passes_2_31_elements() -> Non
 
 
 def test_triton_in_the_interpreter() -> None:
-    testing.run_interpreted(__file__, "Triton-interpreted and not any_shape and not deterministic")
+    testing.run_interpreted(__file__, "Triton-interpreted")

@@ -375,4 +375,4 @@ def test_int64_offsets_are_asked_for_at_720p(frames: int, expected: bool) -> Non
 
 
 def test_triton_in_the_interpreter() -> None:
-    testing.run_interpreted(__file__, "Triton-interpreted and not any_shape and not deterministic")
+    testing.run_interpreted(__file__, "Triton-interpreted")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -240,6 +240,8 @@ def test_any_shape(
     dtype: torch.dtype,
 ) -> None:
     shape = (batch, frames, patches, 3, heads, 2 * pairs)
+    # The largest error of the reference, which the tolerance follows, needs values to show itself.
+    assume(torch.Size(shape).numel() >= 256)
     args = arguments(shape, dim, dtype, mode, implementation.device)
     grad = randn(*shape, seed=6).to(dtype)
     with implementation.activate():
@@ -442,4 +444,4 @@ def test_int64_offsets(implementation: Implementation, monkeypatch: pytest.Monke
 
 
 def test_triton_in_the_interpreter() -> None:
-    testing.run_interpreted(__file__, "Triton-interpreted and not any_shape and not deterministic")
+    testing.run_interpreted(__file__, "Triton-interpreted")
