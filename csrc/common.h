@@ -33,6 +33,13 @@ using torch::stable::Tensor;
   STD_TORCH_CHECK((t).numel() == (other).numel() && (t).size(-1) == (other).size(-1) && \
                       (t).scalar_type() == (other).scalar_type(),                       \
                   #t, " must have the shape and dtype of ", #other)
+// The branch that a residual takes: its dtype may differ, as under autocast.
+#define CHECK_BRANCH(y, x)                                                                       \
+  STD_TORCH_CHECK(                                                                               \
+      (y).is_contiguous() && (y).dim() >= 2 && (y).numel() == (x).numel() &&                     \
+          (y).size(-1) == (x).size(-1) &&                                                        \
+          ((y).scalar_type() == ScalarType::Float || (y).scalar_type() == ScalarType::BFloat16), \
+      #y, " must be contiguous, float32 or bfloat16, of the shape of ", #x)
 #define CHECK_PER_SAMPLE(t, x)                                                                   \
   STD_TORCH_CHECK((t).dim() == 2 && (t).size(0) == (x).size(0) && (t).size(1) == (x).size(-1) && \
                       (t).scalar_type() == (x).scalar_type() &&                                  \

@@ -105,15 +105,50 @@ inline void store(T* to, Vec v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = padded[i];
 }
 
+// Lane of a Vec laid out for T that holds column `i`.
+template <class T>
+inline float& lane(Vec& v, int64_t i) {
+  constexpr bool pairs = sizeof(T) == 2;
+  const int64_t half = BYTES / 4;
+  return ((pairs ? i % 2 : i >= half) ? v.b : v.a)[pairs ? i / 2 : i % half];
+}
+
+inline float to_float(float value) { return value; }
+inline float to_float(Bf16 value) {
+  const uint32_t bits = (uint32_t)value.bits << 16;
+  float wide;
+  __builtin_memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+
+// Load or store memory of another type U in the order of lanes that T has.
+template <class T, class U>
+inline Vec load_as(const U* from, int64_t count) {
+  if constexpr (sizeof(T) == sizeof(U)) {
+    return load(from, count);
+  } else {
+    Vec v{};
+    for (int64_t i = 0; i < count; ++i) lane<T>(v, i) = to_float(from[i]);
+    return v;
+  }
+}
+
+template <class T, class U>
+inline void store_as(U* to, Vec v, int64_t count) {
+  if constexpr (sizeof(T) == sizeof(U)) {
+    store(to, v, count);
+  } else {
+    Vec other{};
+    for (int64_t i = 0; i < count; ++i) lane<U>(other, i) = lane<T>(v, i);
+    store(to, other, count);
+  }
+}
+
 // Set the lanes past the first `count` columns of a Vec that was loaded from T to zero.
 template <class T>
 inline Vec only(Vec v, int64_t count) {
   if (count == WIDTH) return v;
-  for (int64_t i = count; i < WIDTH; ++i) {
-    const int64_t half = BYTES / 4;
-    const bool in_b = sizeof(T) == 2 ? i % 2 : i >= half;
-    (in_b ? v.b : v.a)[sizeof(T) == 2 ? i / 2 : i % half] = 0;
-  }
+  for (int64_t i = count; i < WIDTH; ++i) lane<T>(v, i) = 0;
   return v;
 }
 

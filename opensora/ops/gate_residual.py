@@ -2,8 +2,9 @@
 
     z = x + gate * y
 
-Kernels: Triton on CUDA (`kernels/gate_residual.py`). Used by STDiT3 blocks where no norm follows
-at once; `residual_layernorm_modulate` serves where one does.
+Kernels: C++ on CPU (`csrc/cpu/gate_residual.cpp`), Triton on CUDA (`kernels/gate_residual.py`).
+Used by STDiT3 blocks where no norm follows at once; `residual_layernorm_modulate` serves where one
+does.
 Axes: B batch, T frames, S patches per frame, N = T*S tokens, C channels.
 """
 
@@ -19,7 +20,8 @@ from opensora.ops._library import Op, needs_grad
 from opensora.ops._modulation import check, dense_rows, per_frame, split_frames, sum_frames
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "cuda": (torch.float32, torch.bfloat16, torch.float16)
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 _Row = Tensor | None  # a gate, [B, C]
 

@@ -3,8 +3,9 @@
     sum = x + gate * y            (x + y without gate)
     normed = (sum - mean(sum)) / sqrt(var(sum) + eps) * (1 + scale) + shift
 
-Kernels: Triton on CUDA (`kernels/residual_layernorm_modulate.py`). Used between the branches of an
-STDiT3 block and from block to block: `gate_residual`, then `layernorm_modulate`, in one pass.
+Kernels: C++ on CPU (`csrc/cpu/residual_layernorm_modulate.cpp`), Triton on CUDA
+(`kernels/residual_layernorm_modulate.py`). Used between the branches of an STDiT3 block and from
+block to block: `gate_residual`, then `layernorm_modulate`, in one pass.
 Axes: B batch, T frames, S patches per frame, N = T*S tokens, C channels.
 """
 
@@ -21,7 +22,8 @@ from opensora.ops._library import Op, needs_grad
 from opensora.ops._modulation import check, dense_rows
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "cuda": (torch.float32, torch.bfloat16, torch.float16)
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 _Row = Tensor | None  # a gate or a modulation, [B, C]
 
