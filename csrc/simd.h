@@ -105,6 +105,54 @@ inline void store(T* to, Vec v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = padded[i];
 }
 
+// Load and store pairs of neighbouring columns: `a` holds the even ones and `b` the odd ones.
+inline Vec load_pairs(const Bf16* from) { return load(from); }
+
+inline Vec load_pairs(const float* from) {
+  const Vec v = load(from);
+  Vec pairs;
+#if defined(__clang__)
+  for (int64_t i = 0; i < BYTES / 8; ++i) {
+    pairs.a[i] = v.a[2 * i], pairs.a[i + BYTES / 8] = v.b[2 * i];
+    pairs.b[i] = v.a[2 * i + 1], pairs.b[i + BYTES / 8] = v.b[2 * i + 1];
+  }
+#else
+  Bits even;
+  for (int64_t i = 0; i < BYTES / 4; ++i) even[i] = 2 * i;
+  pairs.a = __builtin_shuffle(v.a, v.b, even);
+  pairs.b = __builtin_shuffle(v.a, v.b, even + 1u);
+#endif
+  return pairs;
+}
+
+inline void store_pairs(Bf16* to, Vec v) { store(to, v); }
+
+inline void store_pairs(float* to, Vec pairs) {
+  Vec v;
+#if defined(__clang__)
+  for (int64_t i = 0; i < BYTES / 8; ++i) {
+    v.a[2 * i] = pairs.a[i], v.b[2 * i] = pairs.a[i + BYTES / 8];
+    v.a[2 * i + 1] = pairs.b[i], v.b[2 * i + 1] = pairs.b[i + BYTES / 8];
+  }
+#else
+  Bits order;
+  for (int64_t i = 0; i < BYTES / 4; ++i) order[i] = i / 2 + i % 2 * (BYTES / 4);
+  v.a = __builtin_shuffle(pairs.a, pairs.b, order);
+  v.b = __builtin_shuffle(pairs.a, pairs.b, order + (uint32_t)(BYTES / 8));
+#endif
+  store(to, v);
+}
+
+// Round to T and back.
+inline Vec rounded_to(const float*, Vec v) { return v; }
+
+inline Vec rounded_to(const Bf16*, Vec v) {
+  Bits a = (Bits)v.a, b = (Bits)v.b;
+  a += 0x7fffu + ((a >> 16) & 1u);
+  b += 0x7fffu + ((b >> 16) & 1u);
+  return {(Floats)(a & 0xffff0000u), (Floats)(b & 0xffff0000u)};
+}
+
 // Lane of a Vec laid out for T that holds column `i`.
 template <class T>
 inline float& lane(Vec& v, int64_t i) {

@@ -2,8 +2,9 @@
 
     q = rotate(q / rms(q) * q_weight), k = rotate(k / rms(k) * k_weight), v = v
 
-Kernels: Triton on CUDA (`kernels/qk_norm_rope.py`). Used by the self-attention of every model:
-norm alone over patches, norm and rotation over frames, in either order.
+Kernels: C++ on CPU (`csrc/cpu/qk_norm_rope.cpp`), Triton on CUDA (`kernels/qk_norm_rope.py`). Used
+by the self-attention of every model: norm alone over patches, norm and rotation over frames, in
+either order.
 Axes: N positions, H heads, D head width; `position_dim` says which axis of qkv N is.
 """
 
@@ -19,7 +20,8 @@ from opensora.ops import _heads
 from opensora.ops._library import Op, needs_grad
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "cuda": (torch.float32, torch.bfloat16, torch.float16)
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 _Row = Tensor | None  # a weight [D], or a table [N, D]
 

@@ -45,12 +45,11 @@ dispatched = partial(
     {op._forward: op.reference, op._inplace: write, op._backward: op.reference_backward},
 )
 
-# No C++ takes this op, and interpreted Triton takes what CUDA would.
-IMPLEMENTATIONS = [i for i in testing.implementations() if not i.name.startswith("C++")]
-if INTERPRETED:
+IMPLEMENTATIONS = testing.implementations()
+if INTERPRETED:  # interpreted Triton takes what CUDA would
     op.DTYPES["cpu"] = op.DTYPES["cuda"]
-else:
-    IMPLEMENTATIONS.append(Implementation("dispatched", "cpu", dispatched))
+# Schema, fakes and autograd are tested on the C++ kernels, or on the references without a compiler.
+through_dispatcher = testing.require if op._forward.kernel("cpu") == "C++" else dispatched
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_shape = pytest.mark.parametrize(("shape", "dim"), SHAPES, ids=str)
@@ -152,9 +151,17 @@ def test_norm_and_rotation_are_options(
     assert_backward(args, grad, actual)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [
+        (one, dtype)
+        for one in IMPLEMENTATIONS
+        for dtype in (torch.bfloat16, torch.float16)
+        if dtype == torch.bfloat16 or not one.name.startswith("C++")
+    ],
+    ids=str,
+)
 @each_mode
-@each_implementation
 def test_weights_and_table_may_be_wider(
     implementation: Implementation, mode: str, dtype: torch.dtype
 ) -> None:
@@ -374,7 +381,7 @@ def test_opcheck() -> None:
             a.detach() if isinstance(a, Tensor) else a
             for a in arguments((2, 3, 2, 3, 2, 8), -5, torch.float32, mode)
         ]
-        with dispatched():
+        with through_dispatcher():
             torch.library.opcheck(op._forward.overload, tuple(args))
             torch.library.opcheck(op._inplace.overload, tuple(args))
             torch.library.opcheck(op._backward.overload, (args[0], *args))
@@ -385,7 +392,7 @@ def test_compiles_without_graph_break(kernels_mode: str) -> None:
     args = arguments((2, 3, 2, 3, 2, 8), -5, torch.float32)
     grad = randn(2, 3, 2, 3, 2, 8, seed=6)
     eager = gradients(call(args), args, grad)
-    with dispatched(), testing._mode(kernels_mode):
+    with through_dispatcher(), testing._mode(kernels_mode):
         compiled = torch.compile(lambda *a: call(list(a)), fullgraph=True, backend="aot_eager")
         y = compiled(*args)
         torch.testing.assert_close(y, call(args))
