@@ -200,6 +200,39 @@ inline Vec only(Vec v, int64_t count) {
   return v;
 }
 
+// Return v * w rounded, in an expression where the compiler would fuse it with an addition.
+inline Vec rounded_product(Vec v, Vec w) {
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#elif __GNUC__ >= 12
+  return {__builtin_assoc_barrier(v.a * w.a), __builtin_assoc_barrier(v.b * w.b)};
+#endif
+  return {v.a * w.a, v.b * w.b};
+}
+
+// Return e^x within 2 units in the last place for x in [-87, 88], and the limits' beyond it: e^x is
+// 2^n e^r with |r| <= ln(2) / 2, and e^r a polynomial (Taylor's, its last terms fitted). NaN stays.
+inline Floats exponential(Floats x) {
+  x = x > 88.0f ? Floats{} + 88.0f : x;
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const Floats n = (x * 1.44269504f + magic) - magic;
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  // 2^n: n goes to the exponent's place.
+  const Bits power = (Bits)(n + (magic + 127.0f)) << 23;
+  return y * (Floats)power;
+}
+
+inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+inline Vec sigmoid(Vec v) { return {sigmoid(v.a), sigmoid(v.b)}; }
+
 // Call visit(column, count) for every vector of a row; count < WIDTH at a ragged end alone.
 template <class Visit>
 inline __attribute__((always_inline)) void for_columns(int64_t C, Visit visit) {

@@ -4,8 +4,9 @@
     y = u * sigmoid(u), or u without `silu`
 
 Mean and variance are of a group: C / G neighbouring channels of a sample, all pixels.
-Kernels: Triton on CUDA (`kernels/groupnorm_silu.py`). Used by every residual block of both VAEs
-and before their last convolutions; without SiLU by the attention of the 2D VAE.
+Kernels: C++ on CPU (`csrc/cpu/groupnorm_silu.cpp`), Triton on CUDA (`kernels/groupnorm_silu.py`).
+Used by every residual block of both VAEs and before their last convolutions; without SiLU by the
+attention of the 2D VAE.
 Axes: B batch, C channels, G groups, P = H*W or T*H*W pixels.
 """
 
@@ -22,7 +23,8 @@ from opensora.ops._channels_last import channels_last
 from opensora.ops._library import Op, needs_grad
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "cuda": (torch.float32, torch.bfloat16, torch.float16)
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 
 

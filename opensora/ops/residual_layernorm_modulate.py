@@ -129,11 +129,12 @@ class _ResidualLayerNormModulate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dsum: Tensor | None, dnormed: Tensor | None) -> tuple[Any, ...]:
-        total, _, gate, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint hands them out a single time
+        total, _, gate, *_ = saved
         if dnormed is None:  # nobody used the norm: rare, not worth a kernel
             dnormed = torch.zeros_like(total)
         dsum = None if dsum is None else dsum.contiguous()
-        dx, dy, rows = _backward(dsum, dnormed.contiguous(), *ctx.saved_tensors, ctx.eps)
+        dx, dy, rows = _backward(dsum, dnormed.contiguous(), *saved, ctx.eps)
         if gate is None:
             dy = dx.to(ctx.branch_dtype)
         drows, count = rows.unbind(1), 2 if gate is None else 3

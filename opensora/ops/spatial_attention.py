@@ -105,8 +105,9 @@ class _SpatialAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _, q_weight, k_weight, *_ = ctx.saved_tensors
-        dqkv, dweights = _backward(grad.contiguous(), *ctx.saved_tensors)
+        saved = ctx.saved_tensors  # once: a checkpoint hands them out a single time
+        _, q_weight, k_weight, *_ = saved
+        dqkv, dweights = _backward(grad.contiguous(), *saved)
         if q_weight is None:
             return dqkv, None, None, None
         return dqkv, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype), None

@@ -104,8 +104,9 @@ class _TemporalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q_weight = ctx.saved_tensors[1]
-        dqkv, dweights = _backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps)
+        saved = ctx.saved_tensors  # once: a checkpoint hands them out a single time
+        q_weight = saved[1]
+        dqkv, dweights = _backward(grad.contiguous(), *saved, ctx.eps)
         if q_weight is None:
             return dqkv, *[None] * 5
         return dqkv, *dweights.to(q_weight.dtype).unbind(0), *[None] * 3

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from opensora import testing
 from opensora.errors import UsageError
 from opensora.models.stdit import PRESETS, STDiT3, STDiT3Config, build_stdit
 from opensora.models.stdit.block import STDiT3Block
@@ -116,6 +117,10 @@ def test_backward_matches_recorded(recompute: bool) -> None:
     for name, grad in found.items():
         assert grad is not None
         assert relative_error(grad, wanted[name]) < 2e-5, name
+
+
+def test_backward_with_checkpoints_through_the_interpreted_kernels() -> None:
+    testing.run_interpreted(__file__, "test_backward_matches_recorded and True")
 
 
 def test_bfloat16_costs_no_more_than_its_rounding_steps() -> None:
