@@ -153,12 +153,12 @@ inline Vec rounded_to(const Bf16*, Vec v) {
   return {(Floats)(a & 0xffff0000u), (Floats)(b & 0xffff0000u)};
 }
 
-// Lane of a Vec laid out for T that holds column `i`.
+// Where column `i` of a row of T lies if the row's Vecs are stored as floats.
 template <class T>
-inline float& lane(Vec& v, int64_t i) {
-  constexpr bool pairs = sizeof(T) == 2;
-  const int64_t half = BYTES / 4;
-  return ((pairs ? i % 2 : i >= half) ? v.b : v.a)[pairs ? i / 2 : i % half];
+inline int64_t slot(int64_t i) {
+  if (sizeof(T) == 4) return i;
+  const int64_t column = i % WIDTH;
+  return i - column + column % 2 * (BYTES / 4) + column / 2;
 }
 
 inline float to_float(float value) { return value; }
@@ -175,9 +175,9 @@ inline Vec load_as(const U* from, int64_t count) {
   if constexpr (sizeof(T) == sizeof(U)) {
     return load(from, count);
   } else {
-    Vec v{};
-    for (int64_t i = 0; i < count; ++i) lane<T>(v, i) = to_float(from[i]);
-    return v;
+    float wide[WIDTH] = {};
+    for (int64_t i = 0; i < count; ++i) wide[slot<T>(i)] = to_float(from[i]);
+    return load(wide);
   }
 }
 
@@ -186,9 +186,10 @@ inline void store_as(U* to, Vec v, int64_t count) {
   if constexpr (sizeof(T) == sizeof(U)) {
     store(to, v, count);
   } else {
-    Vec other{};
-    for (int64_t i = 0; i < count; ++i) lane<U>(other, i) = lane<T>(v, i);
-    store(to, other, count);
+    float wide[WIDTH], ordered[WIDTH] = {};
+    store(wide, v);
+    for (int64_t i = 0; i < count; ++i) ordered[slot<U>(i)] = wide[slot<T>(i)];
+    store(to, load(ordered), count);
   }
 }
 
@@ -196,8 +197,13 @@ inline void store_as(U* to, Vec v, int64_t count) {
 template <class T>
 inline Vec only(Vec v, int64_t count) {
   if (count == WIDTH) return v;
-  for (int64_t i = count; i < WIDTH; ++i) lane<T>(v, i) = 0;
-  return v;
+  Bits a{}, b{};
+  for (int64_t i = 0; i < WIDTH; ++i) {
+    const int64_t at = slot<T>(i);
+    const uint32_t keep = i < count ? ~0u : 0u;
+    at < BYTES / 4 ? a[at] = keep : b[at - BYTES / 4] = keep;
+  }
+  return {(Floats)((Bits)v.a & a), (Floats)((Bits)v.b & b)};
 }
 
 // Return v * w rounded, in an expression where the compiler would fuse it with an addition.

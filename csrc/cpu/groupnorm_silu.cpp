@@ -36,13 +36,6 @@ constexpr int64_t WIDEST = 32;             // columns, a multiple of every WIDTH
 namespace OPENSORA_SIMD {
 namespace {
 
-// Where column i of a row lies in an array that was stored Vec by Vec as floats.
-template <class T>
-int64_t slot(int64_t i) {
-  const int64_t column = i % WIDTH;
-  return i - column + (sizeof(T) == 2 ? column % 2 * (BYTES / 4) + column / 2 : column);
-}
-
 // Call visit(first element, elements) for the rows of a unit; the last one may be short.
 template <class Visit>
 inline __attribute__((always_inline)) void for_rows(const GroupnormSilu& a, int64_t unit,

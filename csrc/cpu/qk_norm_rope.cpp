@@ -60,11 +60,9 @@ struct Wide {
   static Vec fresh(Vec v, int64_t k, int64_t D) {
     if (k + 1 < count(D)) return v;
     const int64_t twice = (count(D) * WIDTH - D) / 2;
-    for (int64_t i = 0; i < BYTES / 4; ++i) {
-      v.a[i] = i < twice ? 0 : v.a[i];
-      v.b[i] = i < twice ? 0 : v.b[i];
-    }
-    return v;
+    Bits keep{};
+    for (int64_t i = 0; i < BYTES / 4; ++i) keep[i] = i < twice ? 0u : ~0u;
+    return {(Floats)((Bits)v.a & keep), (Floats)((Bits)v.b & keep)};
   }
 
   static float reciprocal_rms(const Vec* v, const Head& h) {
