@@ -146,7 +146,10 @@ struct Narrow {
     return to_float(narrow);
   }
 
-  static float weight(const Head& h, int64_t i) { return (i % 2 ? h.odd : h.even)[i / 2]; }
+  static float weight(const Head& h, int64_t i) {
+    const float* columns = i % 2 ? h.odd : h.even;
+    return columns[i / 2];
+  }
 
   static float reciprocal_rms(const float* v, const Head& h) {
     float squares = 0;
@@ -312,7 +315,10 @@ constexpr int64_t GRAIN_ELEMENTS = 32768;
 
 template <class T>
 void split(const T* from, float* even, float* odd, int64_t D) {
-  for (int64_t i = 0; i < D; ++i) (i % 2 ? odd : even)[i / 2] = static_cast<float>(from[i]);
+  for (int64_t i = 0; i < D; ++i) {
+    float* to = i % 2 ? odd : even;
+    to[i / 2] = static_cast<float>(from[i]);
+  }
 }
 
 // Split row `row` of t [..., D] into its even and odd columns, as floats.
