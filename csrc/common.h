@@ -19,6 +19,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
+// Elements per task: below this much work another thread costs more than it brings.
+constexpr int64_t GRAIN_ELEMENTS = 32768;
+
 }  // namespace opensora
 
 // Python checks what users pass; these guard the kernel against any other caller of the op.

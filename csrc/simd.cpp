@@ -2,6 +2,7 @@
 #include "simd.h"
 
 #include <atomic>
+#include <initializer_list>
 
 namespace opensora {
 namespace {
@@ -9,6 +10,9 @@ namespace {
 bool has(Simd set) {
 #if defined(__x86_64__)
   // These also ask the operating system whether it saves the wide registers.
+  if (set == Simd::avx512_bf16) {
+    return has(Simd::avx512) && __builtin_cpu_supports("avx512bf16");
+  }
   if (set == Simd::avx512) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -19,7 +23,10 @@ bool has(Simd set) {
 }
 
 Simd widest() {
-  return has(Simd::avx512) ? Simd::avx512 : has(Simd::avx2) ? Simd::avx2 : Simd::plain;
+  for (const Simd set : {Simd::avx512_bf16, Simd::avx512, Simd::avx2}) {
+    if (has(set)) return set;
+  }
+  return Simd::plain;
 }
 
 std::atomic<Simd>& current() {

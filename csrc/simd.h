@@ -1,8 +1,9 @@
 // Vectors of float for the CPU kernels, one width per instruction set.
 //
 // Every file in cpu/ is compiled once per instruction set, with OPENSORA_SIMD naming the set and
-// its namespace: plain (16-byte vectors, any processor), avx2 (32), avx512 (64). The vectors are
-// the compiler's own extension (GCC, Clang): one source serves them all, without intrinsics.
+// its namespace: plain (16-byte vectors, any processor), avx2 (32), avx512 (64), avx512_bf16 (64,
+// and products of bfloat16). The vectors are the compiler's own extension (GCC, Clang): one source
+// serves them all.
 //
 // Everything here has internal linkage, and no other header may be included by code that is
 // compiled for more than the plain set: the linker keeps one copy of an inline function, and if
@@ -10,10 +11,13 @@
 #pragma once
 
 #include <stdint.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>  // for two instructions that vectors cannot express; all of it is inlined
+#endif
 
 namespace opensora {
 
-enum class Simd : int { plain, avx2, avx512 };  // names and order also in _extension.py
+enum class Simd : int { plain, avx2, avx512, avx512_bf16 };  // as in opensora/_extension.py
 
 // Return the set that the kernels run on: the widest that this processor has.
 Simd simd();
@@ -56,22 +60,43 @@ inline Vec operator+(Vec v, float s) { return {v.a + s, v.b + s}; }
 inline Vec operator-(Vec v, float s) { return {v.a - s, v.b - s}; }
 inline Vec operator*(Vec v, float s) { return {v.a * s, v.b * s}; }
 
-inline float sum(Vec v) {
-  const Floats both = v.a + v.b;
-  float total = 0;
-  for (int64_t i = 0; i < BYTES / 4; ++i) total += both[i];
-  return total;
+// Combine the lanes of a vector by halves: four steps, where one lane after the other takes
+// sixteen.
+template <class Combine>
+inline __attribute__((always_inline)) float reduce(Floats v, Combine combine) {
+#if defined(__clang__)
+  for (int64_t half = BYTES / 8; half > 0; half /= 2) {
+    Floats other = v;
+    for (int64_t i = 0; i < half; ++i) other[i] = v[i + half];
+    v = combine(v, other);
+  }
+#else
+  Bits lane;
+  for (int64_t i = 0; i < BYTES / 4; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (uint32_t half = BYTES / 8; half > 0; half /= 2) {
+    v = combine(v, __builtin_shuffle(v, lane ^ half));
+  }
+#endif
+  return v[0];
 }
+
+inline float sum(Floats v) {
+  return reduce(v, [](Floats one, Floats other) { return one + other; });
+}
+
+inline float sum(Vec v) { return sum(v.a + v.b); }
 
 inline Vec load(const float* from) {
   const FloatsAt* at = (const FloatsAt*)from;
   return {at[0], at[1]};
 }
 
-inline Vec load(const Bf16* from) {
-  const Bits pairs = *(const BitsAt*)from;
+inline Vec widened_pairs(Bits pairs) {
   return {(Floats)(pairs << 16), (Floats)(pairs & 0xffff0000u)};
 }
+
+inline Vec load(const Bf16* from) { return widened_pairs(*(const BitsAt*)from); }
 
 inline void store(float* to, Vec v) {
   FloatsAt* at = (FloatsAt*)to;
@@ -79,14 +104,25 @@ inline void store(float* to, Vec v) {
   at[1] = v.b;
 }
 
-// Round to nearest, ties to even. A NaN stays one: those that come from bfloat16 input or from
-// the processor have an empty lower half, so that the rounding does not carry out of it.
-inline void store(Bf16* to, Vec v) {
+// Round to nearest, ties to even, `a` into the lower halves. A NaN stays one: those that come from
+// bfloat16 input or from the processor have an empty lower half, so that the rounding does not
+// carry out of it. The instruction takes numbers below 1.2e-38 for 0.
+inline Bits rounded_pairs(Vec v) {
+#if defined(__AVX512BF16__)
+  typedef uint16_t Halves __attribute__((vector_size(BYTES)));
+  Halves order;
+  for (int64_t i = 0; i < WIDTH; ++i) order[i] = i / 2 + i % 2 * (WIDTH / 2);
+  return (Bits)_mm512_permutexvar_epi16((__m512i)order,
+                                        (__m512i)_mm512_cvtne2ps_pbh((__m512)v.b, (__m512)v.a));
+#else
   Bits a = (Bits)v.a, b = (Bits)v.b;
   a += 0x7fffu + ((a >> 16) & 1u);
   b += 0x7fffu + ((b >> 16) & 1u);
-  *(BitsAt*)to = (a >> 16) | (b & 0xffff0000u);
+  return (a >> 16) | (b & 0xffff0000u);
+#endif
 }
+
+inline void store(Bf16* to, Vec v) { *(BitsAt*)to = rounded_pairs(v); }
 
 // The same for the first `count` columns at a row's ragged end; the other lanes of a load are 0.
 template <class T>
@@ -146,12 +182,7 @@ inline void store_pairs(float* to, Vec pairs) {
 // Round to T and back.
 inline Vec rounded_to(const float*, Vec v) { return v; }
 
-inline Vec rounded_to(const Bf16*, Vec v) {
-  Bits a = (Bits)v.a, b = (Bits)v.b;
-  a += 0x7fffu + ((a >> 16) & 1u);
-  b += 0x7fffu + ((b >> 16) & 1u);
-  return {(Floats)(a & 0xffff0000u), (Floats)(b & 0xffff0000u)};
-}
+inline Vec rounded_to(const Bf16*, Vec v) { return widened_pairs(rounded_pairs(v)); }
 
 // Where column `i` of a row of T lies if the row's Vecs are stored as floats.
 template <class T>
@@ -268,16 +299,23 @@ inline __attribute__((always_inline)) float sum_columns(int64_t C, Term term) {
 
 // Declare a kernel of all sets; SIMD_CALL then picks the one that simd() names.
 #if defined(__x86_64__)
-#define SIMD_DECLARE(name, ...) \
-  namespace avx2 {              \
-  void name(__VA_ARGS__);       \
-  }                             \
-  namespace avx512 {            \
-  void name(__VA_ARGS__);       \
+#define SIMD_DECLARE_RETURNING(type, name, ...) \
+  namespace avx2 {                              \
+  type name(__VA_ARGS__);                       \
+  }                                             \
+  namespace avx512 {                            \
+  type name(__VA_ARGS__);                       \
+  }                                             \
+  namespace avx512_bf16 {                       \
+  type name(__VA_ARGS__);                       \
   }
-#define SIMD_CALL(name) \
-  (simd() == Simd::avx512 ? avx512::name : simd() == Simd::avx2 ? avx2::name : plain::name)
+#define SIMD_CALL(name)                            \
+  (simd() == Simd::avx512_bf16 ? avx512_bf16::name \
+   : simd() == Simd::avx512    ? avx512::name      \
+   : simd() == Simd::avx2      ? avx2::name        \
+                               : plain::name)
 #else
-#define SIMD_DECLARE(name, ...)
+#define SIMD_DECLARE_RETURNING(type, name, ...)
 #define SIMD_CALL(name) (plain::name)
 #endif
+#define SIMD_DECLARE(name, ...) SIMD_DECLARE_RETURNING(void, name, __VA_ARGS__)

@@ -12,7 +12,7 @@ from importlib.resources import files
 import torch
 
 LIBRARY = "_C.abi3.so"
-INSTRUCTION_SETS = ("plain", "avx2", "avx512")  # the order of csrc/simd.h
+INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16")  # the order of csrc/simd.h
 
 
 def _load() -> str | None:

@@ -54,23 +54,8 @@ __attribute__((flatten)) void backward_unit(const LayernormModulate& a, int64_t 
     const T* x = static_cast<const T*>(a.x) + row * C;
     const T* dy = static_cast<const T*>(a.dy) + row * C;
     T* dx = static_cast<T*>(a.out) + row * C;
-    const Statistics s = statistics(x, C, a.eps);
-    Vec sum_g{}, sum_gn{};
-    for_columns(C, [&](int64_t i, int64_t n) {
-      const Vec normed = s.normalise(load(x + i, n));
-      const Vec grad = load(dy + i, n);
-      const Vec g = grad * (load(scale + i, n) + 1.0f);
-      store(dshift + i, load(dshift + i) + grad);
-      store(dscale + i, load(dscale + i) + grad * normed);
-      sum_g = sum_g + g;
-      sum_gn = sum_gn + g * normed;
-    });
-    const float mean_g = sum(sum_g) / C, mean_gn = sum(sum_gn) / C;
-    for_columns(C, [=](int64_t i, int64_t n) {
-      const Vec normed = s.normalise(load(x + i, n));
-      const Vec g = load(dy + i, n) * (load(scale + i, n) + 1.0f);
-      store(dx + i, (g - mean_g - normed * mean_gn) * s.rstd, n);
-    });
+    const auto gradient = norm_gradient(x, dy, scale, dshift, dscale, C, a.eps);
+    for_columns(C, [=](int64_t i, int64_t n) { store(dx + i, gradient(i, n), n); });
   }
 }
 

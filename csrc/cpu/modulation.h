@@ -58,6 +58,38 @@ Statistics statistics(const T* x, int64_t C, float eps) {
   return {mean, rstd, -missed * rstd};
 }
 
+// How the gradient of a row x follows from that of n * (1 + scale) + shift, n the normalised x.
+template <class T>
+struct NormGradient {
+  const T *x, *dy, *scale;
+  Statistics s;
+  float mean_g, mean_gn;  // of g = dy * (1 + scale), and of g * n
+
+  Vec operator()(int64_t i, int64_t n) const {
+    const Vec normed = s.normalise(load(x + i, n));
+    const Vec g = load(dy + i, n) * (load(scale + i, n) + 1.0f);
+    return (g - mean_g - normed * mean_gn) * s.rstd;
+  }
+};
+
+// Add the row's shares to the sums dshift and dscale on the way.
+template <class T>
+NormGradient<T> norm_gradient(const T* x, const T* dy, const T* scale, float* dshift, float* dscale,
+                              int64_t C, float eps) {
+  const Statistics s = statistics(x, C, eps);
+  Vec sum_g{}, sum_gn{};
+  for_columns(C, [&](int64_t i, int64_t n) {
+    const Vec normed = s.normalise(load(x + i, n));
+    const Vec grad = load(dy + i, n);
+    const Vec g = grad * (load(scale + i, n) + 1.0f);
+    store(dshift + i, load(dshift + i) + grad);
+    store(dscale + i, load(dscale + i) + grad * normed);
+    sum_g = sum_g + g;
+    sum_gn = sum_gn + g * normed;
+  });
+  return {x, dy, scale, s, sum(sum_g) / C, sum(sum_gn) / C};
+}
+
 // Return the row that modulates a frame, one of B*T.
 template <class T>
 const T* row_of(const Frames& f, const Modulation& m, int64_t frame) {
@@ -109,9 +141,6 @@ inline void reduce_units(const Frames& f, const float* partial, int64_t K, void*
 
 namespace opensora {
 namespace {
-
-// Rows or units per task: below this much work another thread costs more than it brings.
-constexpr int64_t GRAIN_ELEMENTS = 32768;
 
 inline Frames frames_of(const Tensor& x, const std::optional<Tensor>& select) {
   CHECK_KERNEL_DTYPE(x);

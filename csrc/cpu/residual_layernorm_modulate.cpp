@@ -74,25 +74,12 @@ __attribute__((flatten)) void backward_unit(const ResidualLayernormModulate& a, 
   for (int64_t row = u.first; row < u.last; ++row) {
     const T* total = static_cast<const T*>(a.total) + row * C;
     const T* dnormed = static_cast<const T*>(a.dnormed) + row * C;
-    const T* dtotal = static_cast<const T*>(a.dtotal) + row * C;
+    const T* dtotal = a.dtotal == nullptr ? nullptr : static_cast<const T*>(a.dtotal) + row * C;
     T* dx = static_cast<T*>(a.normed) + row * C;
-    const Statistics s = statistics(total, C, a.eps);
-    Vec sum_g{}, sum_gn{};
-    for_columns(C, [&](int64_t i, int64_t n) {
-      const Vec normed = s.normalise(load(total + i, n));
-      const Vec grad = load(dnormed + i, n);
-      const Vec g = grad * (load(scale + i, n) + 1.0f);
-      store(dshift + i, load(dshift + i) + grad);
-      store(dscale + i, load(dscale + i) + grad * normed);
-      sum_g = sum_g + g;
-      sum_gn = sum_gn + g * normed;
-    });
-    const float mean_g = sum(sum_g) / C, mean_gn = sum(sum_gn) / C;
+    const auto through = norm_gradient(total, dnormed, scale, dshift, dscale, C, a.eps);
     const auto gradient = [=](int64_t i, int64_t n) {
-      const Vec normed = s.normalise(load(total + i, n));
-      const Vec g = load(dnormed + i, n) * (load(scale + i, n) + 1.0f);
-      const Vec d = (g - mean_g - normed * mean_gn) * s.rstd;
-      return a.dtotal == nullptr ? d : d + load(dtotal + i, n);
+      const Vec d = through(i, n);
+      return dtotal == nullptr ? d : d + load(dtotal + i, n);
     };
     if (!a.gated) {
       for_columns(C, [=](int64_t i, int64_t n) { store(dx + i, gradient(i, n), n); });

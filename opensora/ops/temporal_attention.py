@@ -2,7 +2,8 @@
 
     y = softmax(q k' / sqrt(D)) v,  q = rotate(q / rms(q) * q_weight), k likewise
 
-Kernels: Triton on CUDA (`kernels/temporal_attention.py`). Used by STDiT3's temporal blocks.
+Kernels: Triton on CUDA (`kernels/temporal_attention.py`), C++ on CPU
+(`csrc/cpu/temporal_attention.cpp`). Used by STDiT3's temporal blocks.
 Axes: B batch, T frames, S patches per frame, H heads, D head width.
 """
 
@@ -18,7 +19,8 @@ from opensora.ops import _attention, _heads
 from opensora.ops._library import Op, needs_grad
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "cuda": (torch.float32, torch.bfloat16, torch.float16)
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16),
 }
 _Row = Tensor | None  # a weight [D], or a table [T, D]
 
