@@ -344,8 +344,12 @@ def backward(
     k_weight: Tensor | None,
     o: Tensor,
     stats: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Launch both backward kernels; returns dqkv and dweights [2, D] float32, or empty."""
+    """Launch both backward kernels; returns dqkv and dweights [2, D] float32, or empty.
+
+    `eps` is not read: it is in `stats`.
+    """
     batch, frames, _, _, heads, width = qkv.shape
     norm = q_weight is not None
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)

@@ -20,6 +20,7 @@ from opensora.functional import (
     spatial_attention,
     temporal_attention,
 )
+from opensora.linear import Linear
 
 EPS = 1e-6  # of every norm in these models
 
@@ -86,10 +87,10 @@ class Attention(nn.Module):
         _check_heads("Attention", dim, num_heads)
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.qk_norm_legacy = qk_norm_legacy
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, *, temporal: bool = False
@@ -182,9 +183,9 @@ class MultiHeadCrossAttention(nn.Module):
         super().__init__()
         _check_heads("MultiHeadCrossAttention", d_model, num_heads)
         self.num_heads, self.head_dim = num_heads, d_model // num_heads
-        self.q_linear = nn.Linear(d_model, d_model)
-        self.kv_linear = nn.Linear(d_model, 2 * d_model)
-        self.proj = nn.Linear(d_model, d_model)
+        self.q_linear = Linear(d_model, d_model)
+        self.kv_linear = Linear(d_model, 2 * d_model)
+        self.proj = Linear(d_model, d_model)
 
     def keys(self, text: PackedText) -> Tensor:
         """Return the keys and values [R, 2, H, D] of a text; they do not depend on `x`."""

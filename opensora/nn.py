@@ -27,6 +27,7 @@ from opensora.embedders import (
     timestep_embedding,
 )
 from opensora.functional import layernorm_modulate, patchify
+from opensora.linear import Linear
 from opensora.ops._attention import attend, rotate
 
 __all__ = [
@@ -79,12 +80,12 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., C] for x [..., C]."""
-        result: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        result: Tensor = self.fc2(self.fc1(x, gelu=True))
         return result
 
 

@@ -42,10 +42,28 @@ inline Vec rotate(Vec v, Floats c, Floats s) { return {v.a * c - v.b * s, v.b * 
 
 inline Floats at(const float* from) { return *(const FloatsAt*)from; }
 
+// Call visit(0) to visit(N - 1), each place a constant: vectors in an array then stay in registers.
+template <int N, int K = 0, class Visit>
+inline __attribute__((always_inline)) void unrolled(Visit visit) {
+  if constexpr (K < N) {
+    visit(K);
+    unrolled<N, K + 1>(visit);
+  }
+}
+
 // A head of D even columns, WIDTH or more; VECTORS = 0 where their number is not known before.
 template <class T, int VECTORS>
 struct Wide {
   static constexpr int64_t MOST = VECTORS > 0 ? VECTORS : 64;
+
+  template <class Visit>
+  static inline __attribute__((always_inline)) void each(int64_t D, Visit visit) {
+    if constexpr (VECTORS > 0) {
+      unrolled<VECTORS>(visit);
+    } else {
+      for (int64_t k = 0; k < count(D); ++k) visit(k);
+    }
+  }
 
   static int64_t count(int64_t D) { return VECTORS > 0 ? VECTORS : (D + WIDTH - 1) / WIDTH; }
   static int64_t place(int64_t k, int64_t D) { return k + 1 < count(D) ? k * WIDTH : D - WIDTH; }
@@ -61,46 +79,46 @@ struct Wide {
 
   static float reciprocal_rms(const Vec* v, const Head& h) {
     Vec squares{};
-    for (int64_t k = 0; k < count(h.D); ++k) squares = squares + fresh(v[k] * v[k], k, h.D);
+    each(h.D, [&](int64_t k) { squares = squares + fresh(v[k] * v[k], k, h.D); });
     return 1.0f / __builtin_sqrtf(sum(squares) / h.D + h.eps);
   }
 
   static void turn(Vec* v, const Head& h, float sign) {
-    for (int64_t k = 0; k < count(h.D); ++k) {
+    each(h.D, [&](int64_t k) {
       const int64_t pair = place(k, h.D) / 2;
       v[k] = rotate(v[k], at(h.cos + pair), at(h.sin + pair) * sign);
-    }
+    });
   }
 
-  static void forward(const T* x, T* y, const Head& h) {
+  __attribute__((flatten)) static void forward(const T* x, T* y, const Head& h) {
     Vec v[MOST];
-    for (int64_t k = 0; k < count(h.D); ++k) v[k] = load_pairs(x + place(k, h.D));
+    each(h.D, [&](int64_t k) { v[k] = load_pairs(x + place(k, h.D)); });
     if (h.cos != nullptr && h.legacy) turn(v, h, 1);
     if (h.even != nullptr) {
       const float rstd = reciprocal_rms(v, h);
-      for (int64_t k = 0; k < count(h.D); ++k) {
+      each(h.D, [&](int64_t k) {
         const int64_t pair = place(k, h.D) / 2;
         const Vec n = rounded_to(x, v[k] * rstd);
         v[k] = {n.a * at(h.even + pair), n.b * at(h.odd + pair)};
-      }
+      });
     }
     if (h.cos != nullptr && !h.legacy) turn(v, h, 1);
-    for (int64_t k = 0; k < count(h.D); ++k) store_pairs(y + place(k, h.D), v[k]);
+    each(h.D, [&](int64_t k) { store_pairs(y + place(k, h.D), v[k]); });
   }
 
   // dweight: even columns, then, `pairs` further, odd ones. The gradient may be wider than x.
   template <class G>
-  static void backward(const G* grad, const T* x, T* dx, float* dweight, int64_t pairs,
-                       const Head& h) {
+  __attribute__((flatten)) static void backward(const G* grad, const T* x, T* dx, float* dweight,
+                                                int64_t pairs, const Head& h) {
     Vec g[MOST], v[MOST];
-    for (int64_t k = 0; k < count(h.D); ++k) g[k] = load_pairs(grad + place(k, h.D));
+    each(h.D, [&](int64_t k) { g[k] = load_pairs(grad + place(k, h.D)); });
     if (h.cos != nullptr && !h.legacy) turn(g, h, -1);
     if (h.even != nullptr) {
-      for (int64_t k = 0; k < count(h.D); ++k) v[k] = load_pairs(x + place(k, h.D));
+      each(h.D, [&](int64_t k) { v[k] = load_pairs(x + place(k, h.D)); });
       if (h.cos != nullptr && h.legacy) turn(v, h, 1);
       const float rstd = reciprocal_rms(v, h);
       Vec total{};
-      for (int64_t k = 0; k < count(h.D); ++k) {
+      each(h.D, [&](int64_t k) {
         const int64_t pair = place(k, h.D) / 2;
         v[k] = v[k] * rstd;
         const Vec share = fresh(g[k] * v[k], k, h.D);
@@ -108,12 +126,12 @@ struct Wide {
         *(FloatsAt*)(dweight + pairs + pair) += share.b;
         g[k] = {g[k].a * at(h.even + pair), g[k].b * at(h.odd + pair)};
         total = total + fresh(g[k] * v[k], k, h.D);
-      }
+      });
       const float mean = sum(total) / h.D;
-      for (int64_t k = 0; k < count(h.D); ++k) g[k] = (g[k] - v[k] * mean) * rstd;
+      each(h.D, [&](int64_t k) { g[k] = (g[k] - v[k] * mean) * rstd; });
     }
     if (h.cos != nullptr && h.legacy) turn(g, h, -1);
-    for (int64_t k = 0; k < count(h.D); ++k) store_pairs(dx + place(k, h.D), g[k]);
+    each(h.D, [&](int64_t k) { store_pairs(dx + place(k, h.D), g[k]); });
   }
 };
 

@@ -68,21 +68,24 @@ template <class T, class Visit>
 inline __attribute__((always_inline)) void multiply(Left left, const uint32_t* right,
                                                     int64_t stride, int64_t rows, int64_t columns,
                                                     int64_t K, Visit visit) {
-  for (int64_t row = 0; row < rows; row += TILE_ROWS) {
-    const Left from{left.words + row * left.row_stride, left.row_stride, left.step};
-    int64_t column = 0;
-    for (; column + LANES < columns; column += 2 * LANES) {
+  const auto at = [&](int64_t row) {
+    return Left{left.words + row * left.row_stride, left.row_stride, left.step};
+  };
+  int64_t column = 0;
+  for (; column + LANES < columns; column += 2 * LANES) {
+    for (int64_t row = 0; row < rows; row += TILE_ROWS) {
       Floats total[TILE_ROWS][2];
-      tile<T, 2>(from, right + column, stride, K, total);
+      tile<T, 2>(at(row), right + column, stride, K, total);
 #pragma GCC unroll 8
       for (int64_t r = 0; r < TILE_ROWS; ++r) visit(row + r, column, total[r][0], total[r][1]);
     }
-    if (column < columns) {
-      Floats total[TILE_ROWS][1];
-      tile<T, 1>(from, right + column, stride, K, total);
+  }
+  if (column >= columns) return;
+  for (int64_t row = 0; row < rows; row += TILE_ROWS) {
+    Floats total[TILE_ROWS][1];
+    tile<T, 1>(at(row), right + column, stride, K, total);
 #pragma GCC unroll 8
-      for (int64_t r = 0; r < TILE_ROWS; ++r) visit(row + r, column, total[r][0], Floats{});
-    }
+    for (int64_t r = 0; r < TILE_ROWS; ++r) visit(row + r, column, total[r][0], Floats{});
   }
 }
 
@@ -130,8 +133,8 @@ inline void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, i
   }
 }
 
-// Replace x[0, n) by softmax(x * scale), in whole vectors: the lanes past n become 0.
-inline void softmax(float* x, int64_t n, float scale) {
+// Return the largest of x[0, n). The lanes past n of its last vector become -inf.
+inline float largest(float* x, int64_t n) {
   const int64_t padded = rounded_up(n, LANES);
   for (int64_t i = n; i < padded; ++i) x[i] = -__builtin_inff();
   Floats most = *(FloatsAt*)x;
@@ -139,21 +142,33 @@ inline void softmax(float* x, int64_t n, float scale) {
     const Floats next = *(FloatsAt*)(x + i);
     most = next > most ? next : most;
   }
-  const float top =
-      reduce(most, [](Floats one, Floats other) { return one > other ? one : other; });
+  return reduce(most, [](Floats one, Floats other) { return one > other ? one : other; });
+}
+
+// Replace x[0, n) by e^((x - top) * scale) and return the sum. The lanes past n become 0.
+inline float exponentials(float* x, int64_t n, float top, float scale) {
   Floats total{};
-  for (int64_t i = 0; i < padded; i += LANES) {
-    Floats e = exponential((*(FloatsAt*)(x + i) - top) * scale);
-    if (i + LANES > n) {  // of the padding, exponential() leaves e^-87
-      Bits keep{};
-      for (int64_t lane = 0; lane < LANES; ++lane) keep[lane] = i + lane < n ? ~0u : 0u;
-      e = (Floats)((Bits)e & keep);
-    }
-    *(FloatsAt*)(x + i) = e;
-    total = total + e;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    FloatsAt* at = (FloatsAt*)(x + i);
+    *at = exponential((*at - top) * scale);
+    total = total + *at;
   }
-  const float weight = 1.0f / sum(total);
-  for (int64_t i = 0; i < padded; i += LANES) *(FloatsAt*)(x + i) = *(FloatsAt*)(x + i) * weight;
+  if (i < n) {
+    FloatsAt* at = (FloatsAt*)(x + i);
+    Floats lane;
+    for (int64_t l = 0; l < LANES; ++l) lane[l] = l;
+    const Floats e = exponential((*at - top) * scale);
+    *at = lane < (float)(n - i) ? e : Floats{};
+    total = total + *at;
+  }
+  return sum(total);
+}
+
+// Replace x[0, n) by softmax(x * scale). The lanes past n become 0.
+inline void softmax(float* x, int64_t n, float scale) {
+  const float weight = 1 / exponentials(x, n, largest(x, n), scale);
+  for (int64_t i = 0; i < n; i += LANES) *(FloatsAt*)(x + i) = *(FloatsAt*)(x + i) * weight;
 }
 
 }  // namespace

@@ -8,8 +8,7 @@
 // Memory-bound for few frames: a patch is read once, row by row, its heads prepared on the way into
 // the second cache level; everything after that stays there. Axes: B batch, T frames, S patches,
 // H heads, D head width.
-#include "heads.h"
-#include "products.h"
+#include "attention.h"
 
 namespace opensora {
 
@@ -28,52 +27,11 @@ struct TemporalAttention {
 namespace OPENSORA_SIMD {
 namespace {
 
-// How to prepare a head, called through pointers: the loops around it are compiled once per dtype.
-template <class T>
-struct Prepare {
-  void (*forward)(const T*, T*, const Head&);
-  void (*backward)(const float*, const T*, T*, float*, int64_t, const Head&);
-};
-
-template <class T>
-Prepare<T> prepare_of(int64_t D) {
-  Prepare<T> p;
-  choose<T>(D, [&](auto heads) {
-    p = {decltype(heads)::forward, decltype(heads)::template backward<float>};
-  });
-  return p;
-}
-
 // Rows of queries at a time.
 constexpr int64_t BLOCK_ROWS = 16;
 
 // Words of the second cache level that the heads of a group fill.
 constexpr int64_t GROUP_WORDS = 1 << 16;
-
-// The parts of one thread's memory; from null, only their sizes.
-struct Memory {
-  uint32_t* next;
-  int64_t words;
-
-  uint32_t* take(int64_t count) {
-    uint32_t* at = next;
-    const int64_t whole = rounded_up(count, 16);  // a cache line
-    words += whole;
-    if (next != nullptr) next += whole;
-    return at;
-  }
-  float* floats(int64_t count) { return (float*)take(count); }
-};
-
-// Columns of a head in Vecs, the last of which overlaps the one before.
-struct Columns {
-  int64_t D, count;
-
-  int64_t place(int64_t k) const { return k + 1 < count || D < WIDTH ? k * WIDTH : D - WIDTH; }
-  int64_t size() const { return D < WIDTH ? D : WIDTH; }
-};
-
-inline Columns columns_of(int64_t D) { return {D, (D + WIDTH - 1) / WIDTH}; }
 
 template <class T>
 struct Forward {
@@ -89,7 +47,7 @@ struct Forward {
     padded = rounded_up(a.T, LANES);
     rows = rounded_up(a.T, BLOCK_ROWS);
     pairs = (a.T + PER_WORD<T> - 1) / PER_WORD<T>;
-    width = columns_of(a.D).count * WIDTH;
+    width = Columns(a.D).width();
     const int64_t head = (rows + padded) * words + pairs * width;
     group = GROUP_WORDS / head;
     group = group < 1 ? 1 : group > a.H ? a.H : group;
@@ -110,43 +68,12 @@ const T* row_of(const TemporalAttention& a, int64_t unit, int64_t frame) {
          unit % a.S * a.stride;
 }
 
-// Lay a row of values, or two rows side by side for bfloat16, where the product wants them.
-inline void lay_values(const float* row, const float*, const Columns& c, uint32_t* to) {
-  for (int64_t k = 0; k < c.count; ++k) {
-    store((float*)to + k * WIDTH, load(row + c.place(k), c.size()));
-  }
-}
-
-inline void lay_values(const Bf16* row, const Bf16* next, const Columns& c, uint32_t* to) {
-  for (int64_t k = 0; k < c.count; ++k) {
-    const Vec one = load(row + c.place(k), c.size());
-    const Vec other = next == nullptr ? Vec{} : load(next + c.place(k), c.size());
-    BitsAt* at = (BitsAt*)(to + k * WIDTH);
-    at[0] = ((Bits)one.a >> 16) | (Bits)other.a;
-    at[1] = ((Bits)one.b >> 16) | (Bits)other.b;
-  }
-}
-
-// Round a row of weights to T, in words.
-inline void pack(const float*, int64_t, float*) {}  // in place
-
-inline void pack(const float* row, int64_t padded, Bf16* to) {
-  int64_t i = 0;
-  for (; i + WIDTH <= padded; i += WIDTH) store_pairs(to + i, load_pairs(row + i));
-  if (i == padded) return;
-  float rest[WIDTH] = {};
-  Bf16 narrow[WIDTH];
-  for (int64_t j = i; j < padded; ++j) rest[j - i] = row[j];
-  store_pairs(narrow, load_pairs(rest));
-  for (int64_t j = i; j < padded; ++j) to[j] = narrow[j - i];
-}
-
 template <class T>
 __attribute__((flatten)) void forward_patches(const TemporalAttention& a, int64_t begin,
                                               int64_t end, uint32_t* memory) {
   const Forward<T> f(a, memory);
   const Prepare<T> prepare = prepare_of<T>(a.D);
-  const Columns c = columns_of(a.D);
+  const Columns c(a.D);
   const int64_t W = f.words * PER_WORD<T>;
   for (int64_t unit = begin; unit < end; ++unit) {
     T* out = static_cast<T*>(a.out) + (unit / a.S * a.T * a.S + unit % a.S) * a.H * a.D;
@@ -187,8 +114,7 @@ __attribute__((flatten)) void forward_patches(const TemporalAttention& a, int64_
           multiply<T>({f.p, f.padded / PER_WORD<T>, 1}, f.v + h * f.pairs * f.width, f.width, rows,
                       f.width, f.pairs, [&](int64_t r, int64_t i, Floats one, Floats other) {
                         if (r >= rows) return;
-                        store(to + r * a.S * a.H * a.D + c.place(i / WIDTH), Vec{one, other},
-                              c.size());
+                        store_values(to + r * a.S * a.H * a.D, c, i, Vec{one, other});
                       });
         }
       }
@@ -196,124 +122,22 @@ __attribute__((flatten)) void forward_patches(const TemporalAttention& a, int64_
   }
 }
 
-struct Backward {
-  int64_t padded, width;            // frames and columns in whole vectors
-  float *q, *k, *v, *dy, *dk, *dv;  // [padded, width]
-  float *kt, *vt;                   // [width, padded]
-  float *p, *ds, *dq;               // [BLOCK_ROWS, padded or width]
-  int64_t total;
-
-  Backward(const TemporalAttention& a, uint32_t* memory) {
-    padded = rounded_up(a.T, BLOCK_ROWS);
-    width = rounded_up(a.D, LANES);
-    Memory m{memory, 0};
-    const int64_t whole = padded * width;
-    q = m.floats(whole), k = m.floats(whole), v = m.floats(whole), dy = m.floats(whole);
-    dk = m.floats(whole), dv = m.floats(whole), kt = m.floats(whole), vt = m.floats(whole);
-    p = m.floats(BLOCK_ROWS * padded), ds = m.floats(BLOCK_ROWS * padded);
-    dq = m.floats(BLOCK_ROWS * width);
-    total = m.words;
-  }
-};
-
-inline void widen(const float* from, float* to, int64_t D) {
-  __builtin_memcpy(to, from, sizeof(float) * D);
-}
-
-inline void widen(const Bf16* from, float* to, int64_t D) {
-  int64_t i = 0;
-  for (; i + WIDTH <= D; i += WIDTH) store_pairs(to + i, load_pairs(from + i));
-  for (; i < D; ++i) to[i] = to_float(from[i]);
-}
-
-inline void narrow(const float* from, float* to, int64_t D) { widen(from, to, D); }
-inline void narrow(const float* from, Bf16* to, int64_t D) { pack(from, D, to); }
-
-// product[row][column] = or += left * right, rows in whole tiles and columns in whole vectors.
-template <bool ADD>
-inline __attribute__((always_inline)) void multiply_to(Left left, const float* right, int64_t rows,
-                                                       int64_t columns, int64_t K, float* product) {
-  multiply<float>(left, (const uint32_t*)right, columns, rows, columns, K,
-                  [&](int64_t r, int64_t i, Floats one, Floats other) {
-                    FloatsAt* to = (FloatsAt*)(product + r * columns + i);
-                    to[0] = ADD ? to[0] + one : one;
-                    if (i + LANES < columns) to[1] = ADD ? to[1] + other : other;
-                  });
-}
-
-inline Left words_of(const float* rows, int64_t stride) {
-  return {(const uint32_t*)rows, stride, 1};
-}
-
-inline Left transposed(const float* rows, int64_t stride) {
-  return {(const uint32_t*)rows, 1, stride};
-}
-
+// One unit is a patch; its sums go to its own row of `partial`.
 template <class T>
-__attribute__((flatten)) void backward_patches(const TemporalAttention& a, int64_t begin,
-                                               int64_t end, uint32_t* memory) {
-  const Backward f(a, memory);
-  const Prepare<T> prepare = prepare_of<T>(a.D);
+void backward_patches(const TemporalAttention& a, int64_t begin, int64_t end, uint32_t* memory) {
+  Gradients<T> gradients(a.rules, a.scale, a.T, memory);
   const int64_t pairs = a.rules.pairs, row = a.H * a.D;
   for (int64_t unit = begin; unit < end; ++unit) {
     float* dweight = a.partial + unit * 4 * pairs;
     __builtin_memset(dweight, 0, sizeof(float) * 4 * pairs);
     const int64_t token = unit / a.S * a.T * a.S + unit % a.S;
-    T* dqkv = static_cast<T*>(a.out) + token * 3 * row;
-    const T* grad = static_cast<const T*>(a.grad) + token * row;
     for (int64_t h = 0; h < a.H; ++h) {
-      for (int64_t t = 0; t < a.T; ++t) {
-        const T* x = row_of<T>(a, unit, t) + h * a.D;
-        T prepared[MOST_COLUMNS];
-        prepare.forward(x, prepared, head_of(a.rules, t, 0));
-        widen(prepared, f.q + t * f.width, a.D);
-        prepare.forward(x + row, prepared, head_of(a.rules, t, 1));
-        widen(prepared, f.k + t * f.width, a.D);
-        widen(x + 2 * row, f.v + t * f.width, a.D);
-        widen(grad + t * a.S * row + h * a.D, f.dy + t * f.width, a.D);
-      }
-      transpose((uint32_t*)f.k, f.width, (uint32_t*)f.kt, f.padded, f.padded, a.D);
-      transpose((uint32_t*)f.v, f.width, (uint32_t*)f.vt, f.padded, f.padded, a.D);
-      __builtin_memset(f.dk, 0, sizeof(float) * f.padded * f.width);
-      __builtin_memset(f.dv, 0, sizeof(float) * f.padded * f.width);
-      float sums[2 * MOST_COLUMNS];
-      __builtin_memset(sums, 0, sizeof(float) * 4 * pairs);
-      for (int64_t from = 0; from < a.T; from += BLOCK_ROWS) {
-        const int64_t rows = from + BLOCK_ROWS < a.T ? BLOCK_ROWS : a.T - from;
-        multiply_to<false>(words_of(f.q + from * f.width, f.width), f.kt, rows, f.padded, a.D, f.p);
-        multiply_to<false>(words_of(f.dy + from * f.width, f.width), f.vt, rows, f.padded, a.D,
-                           f.ds);
-        for (int64_t r = 0; r < rows; ++r) {
-          float *p = f.p + r * f.padded, *ds = f.ds + r * f.padded;
-          softmax(p, a.T, a.scale);
-          Floats total{};
-          for (int64_t i = 0; i < a.T; i += LANES) {  // p is 0 past T, and dp finite there
-            total = total + *(FloatsAt*)(p + i) * *(FloatsAt*)(ds + i);
-          }
-          const float mean = sum(total);
-          for (int64_t i = 0; i < f.padded; i += LANES) {
-            FloatsAt* to = (FloatsAt*)(ds + i);
-            *to = *(FloatsAt*)(p + i) * (*to - mean) * a.scale;
-          }
-        }
-        multiply_to<false>(words_of(f.ds, f.padded), f.k, rows, f.width, a.T, f.dq);
-        multiply_to<true>(transposed(f.p, f.padded), f.dy + from * f.width, a.T, f.width, rows,
-                          f.dv);
-        multiply_to<true>(transposed(f.ds, f.padded), f.q + from * f.width, a.T, f.width, rows,
-                          f.dk);
-        for (int64_t t = from; t < from + rows; ++t) {
-          prepare.backward(f.dq + (t - from) * f.width, row_of<T>(a, unit, t) + h * a.D,
-                           dqkv + t * a.S * 3 * row + h * a.D, sums, pairs, head_of(a.rules, t, 0));
-        }
-      }
-      for (int64_t t = 0; t < a.T; ++t) {
-        T* to = dqkv + t * a.S * 3 * row + h * a.D;
-        prepare.backward(f.dk + t * f.width, row_of<T>(a, unit, t) + row + h * a.D, to + row,
-                         sums + 2 * pairs, pairs, head_of(a.rules, t, 1));
-        narrow(f.dv + t * f.width, to + 2 * row, a.D);
-      }
-      // Frames, then heads, then patches: errors grow with the longest of the three sums.
-      for (int64_t i = 0; i < 4 * pairs; ++i) dweight[i] += sums[i];
+      const T* q = row_of<T>(a, unit, 0) + h * a.D;
+      const T* dy = static_cast<const T*>(a.grad) + token * row + h * a.D;
+      T* dq = static_cast<T*>(a.out) + token * 3 * row + h * a.D;
+      gradients.keys(q + row, q + 2 * row, a.frame_stride, a.T);
+      gradients.queries({q, a.frame_stride, dy, a.S * row, dq, a.S * 3 * row, a.T}, dweight);
+      gradients.store_keys(dq + row, dq + 2 * row, a.S * 3 * row, dweight + 2 * pairs);
     }
   }
 }
@@ -338,16 +162,14 @@ void temporal_attention_backward(const TemporalAttention& a, int64_t begin, int6
 }
 
 int64_t temporal_attention_backward_words(const TemporalAttention& a) {
-  return Backward(a, nullptr).total;
+  return a.bf16 ? Gradients<Bf16>(a.rules, a.scale, a.T, nullptr).words()
+                : Gradients<float>(a.rules, a.scale, a.T, nullptr).words();
 }
 
 }  // namespace OPENSORA_SIMD
 }  // namespace opensora
 
 #ifdef OPENSORA_BIND
-#include <cmath>
-#include <memory>
-
 namespace opensora {
 
 SIMD_DECLARE(temporal_attention_forward, const TemporalAttention&, int64_t, int64_t, uint32_t*)
@@ -363,7 +185,7 @@ TemporalAttention arguments(const Tensor& qkv, const HeadTables& tables) {
   a.rules = tables.rules();
   a.B = qkv.size(0), a.T = qkv.size(1), a.S = qkv.size(2), a.H = qkv.size(4), a.D = qkv.size(5);
   a.batch_stride = qkv.stride(0), a.frame_stride = qkv.stride(1), a.stride = qkv.stride(2);
-  a.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(a.D)));
+  a.scale = scale_of(a.D);
   a.bf16 = qkv.scalar_type() == ScalarType::BFloat16;
   a.qkv = qkv.const_data_ptr();
   return a;
@@ -378,18 +200,8 @@ int64_t frames_of(const Tensor& qkv) {
   return qkv.size(1);
 }
 
-// Call kernel(begin, end, memory) for all patches, each thread with memory of its own.
-template <class Kernel>
-void for_patches(const TemporalAttention& a, int64_t words, Kernel kernel) {
-  parallel_for(0, a.B * a.S, GRAIN_ELEMENTS / (3 * a.T * a.H * a.D + 1) + 1,
-               [&](int64_t begin, int64_t end) {
-                 std::vector<uint32_t> memory(words + 16);
-                 void* start = memory.data();
-                 size_t space = memory.size() * sizeof(uint32_t);
-                 std::align(64, words * sizeof(uint32_t), start, space);
-                 kernel(a, begin, end, static_cast<uint32_t*>(start));
-               });
-}
+// Patches per task: below this much work another thread costs more than it brings.
+int64_t grain(const TemporalAttention& a) { return GRAIN_ELEMENTS / (3 * a.T * a.H * a.D + 1) + 1; }
 
 Tensor forward(const Tensor& qkv, const std::optional<Tensor>& q_weight,
                const std::optional<Tensor>& k_weight, const std::optional<Tensor>& cos,
@@ -400,8 +212,8 @@ Tensor forward(const Tensor& qkv, const std::optional<Tensor>& q_weight,
   Tensor y = torch::stable::new_empty(qkv, {a.B, a.T, a.S, a.H * a.D});
   if (y.numel() == 0) return y;
   a.out = y.mutable_data_ptr();
-  for_patches(a, SIMD_CALL(temporal_attention_forward_words)(a),
-              SIMD_CALL(temporal_attention_forward));
+  for_units(a, a.B * a.S, grain(a), SIMD_CALL(temporal_attention_forward_words)(a),
+            SIMD_CALL(temporal_attention_forward));
   return y;
 }
 
@@ -424,8 +236,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& qkv,
   a.out = dqkv.mutable_data_ptr();
   a.partial = partial.data();
   if (units > 0) {
-    for_patches(a, SIMD_CALL(temporal_attention_backward_words)(a),
-                SIMD_CALL(temporal_attention_backward));
+    for_units(a, units, grain(a), SIMD_CALL(temporal_attention_backward_words)(a),
+              SIMD_CALL(temporal_attention_backward));
   }
   sum_dweights(a.rules, partial, units, dweights);
   return {dqkv, dweights};

@@ -2,7 +2,8 @@
 
     y = softmax(q k' / sqrt(D)) v, over the keys of the query's sample
 
-Kernels: Triton on CUDA (`kernels/cross_attention.py`). Used by every block of STDiT3; keys and
+Kernels: Triton on CUDA (`kernels/cross_attention.py`), C++ on CPU
+(`csrc/cpu/cross_attention.cpp`). Used by every block of STDiT3; keys and
 values depend on the text alone, so a caller may keep them for all steps of a clip.
 Axes: B batch, N tokens, L rows of text, H heads, D head width.
 """
@@ -21,9 +22,10 @@ from opensora.ops._heads import describe
 from opensora.ops._library import Op, needs_grad
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "cuda": (torch.float32, torch.bfloat16, torch.float16)
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16),
 }
-WIDEST = 128  # D that the kernels take
+WIDEST = 128  # D that the Triton kernels take
 
 
 def reference(q: Tensor, kv: Tensor, starts: Tensor, lengths: Tensor, longest: int) -> Tensor:
@@ -135,7 +137,7 @@ def cross_attention(
 
     Args:
         q: Queries [B, N, H, D], floating point; any strides, a kernel copies it unless D is dense.
-            Kernels take D up to 128, exactly fitting where it is 2^i or 2^i + 2^j.
+            Triton takes D up to 128, exactly fitting where it is 2^i or 2^i + 2^j.
         kv: Keys and values [L, 2, H, D], k first; of q's dtype, strides likewise.
         starts: int32 [B], the first row of kv of each sample's text. Samples may share rows only
             where kv takes no gradient; rows of no sample get a gradient of zero.
@@ -167,8 +169,8 @@ def cross_attention(
         raise ValueError(f"q, kv, starts, lengths must share a device, got {found}")
     if longest < 1:
         raise ValueError(f"longest must be 1 or more, got {longest}")
-    too_wide = q.shape[-1] > WIDEST and _library.mode != "require"  # the launcher raises
-    if too_wide or not _forward.serves(q):
+    too_wide = q.shape[-1] > WIDEST and _forward.kernel(q.device.type) != "C++"
+    if (too_wide and _library.mode != "require") or not _forward.serves(q):  # in mode "require" the launcher raises
         return reference(q, kv, starts, lengths, longest)
     q, kv = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, kv))
     starts, lengths = starts.contiguous(), lengths.contiguous()

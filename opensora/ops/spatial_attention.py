@@ -2,8 +2,8 @@
 
     y = softmax(norm(q) norm(k)' / sqrt(D)) v,  norm(x) = weight * x / sqrt(mean(x^2) + eps)
 
-Kernels: Triton on CUDA (`kernels/spatial_attention.py`). Used by STDiT3's spatial blocks, where
-the norms are on. Axes: B batch, T frames, S patches per frame, H heads, D head width.
+Kernels: Triton on CUDA (`kernels/spatial_attention.py`), C++ on CPU
+(`csrc/cpu/spatial_attention.cpp`). Used by STDiT3's spatial blocks, where the norms are on. Axes: B batch, T frames, S patches per frame, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from opensora.ops._heads import check, describe, prepare, prepare_backward
 from opensora.ops._library import Op, needs_grad
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "cuda": (torch.float32, torch.bfloat16, torch.float16)
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16),
 }
-WIDEST = 128  # D that the kernels take
+WIDEST = 128  # D that the Triton kernels take
 _UNTURNED = (None, None, False)  # no rotary positions: frames know no order of patches
 
 
@@ -81,7 +82,7 @@ _forward = Op(
 # dweights [2, D] float32: the gradients of q_weight and k_weight; without norms [0, 0].
 _backward = Op(
     "spatial_attention_backward(Tensor grad, Tensor qkv, Tensor? q_weight, Tensor? k_weight, "
-    "Tensor y, Tensor stats) -> (Tensor dqkv, Tensor dweights)",
+    "Tensor y, Tensor stats, float eps) -> (Tensor dqkv, Tensor dweights)",
     fake=_fake_backward,
     dtypes=DTYPES,
     cuda="opensora.kernels.spatial_attention:backward",
@@ -99,6 +100,7 @@ class _SpatialAttention(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         y, stats = _forward(*args)
         ctx.save_for_backward(*args[:3], y, stats)
+        ctx.eps = args[3]
         result: Tensor = y
         return result
 
@@ -107,7 +109,7 @@ class _SpatialAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint hands them out a single time
         _, q_weight, k_weight, *_ = saved
-        dqkv, dweights = _backward(grad.contiguous(), *saved)
+        dqkv, dweights = _backward(grad.contiguous(), *saved, ctx.eps)
         if q_weight is None:
             return dqkv, None, None, None
         return dqkv, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype), None
@@ -123,12 +125,12 @@ def spatial_attention(
     """Attend every token to all tokens of its frame: `softmax(q k' / sqrt(D)) v`.
 
     With weights q and k are RMS-normalised over D first. The reference rounds their norms to
-    qkv's dtype before and after the weight; kernels multiply both weights into one side and round
-    that once. Sums and softmax are float32. Deterministic. Differentiable once, in all tensors.
+    qkv's dtype before and after the weight, and so does C++; Triton multiplies both weights into
+    one side and rounds that once. Sums and softmax are float32. Deterministic. Differentiable once, in all tensors.
 
     Args:
         qkv: [B, T, S, 3, H, D], q first, floating point; any strides, a kernel copies it unless D
-            is dense. Kernels take D up to 128, exactly fitting where it is 2^i or 2^i + 2^j.
+            is dense. Triton takes D up to 128, exactly fitting where it is 2^i or 2^i + 2^j.
         q_weight: [D], any floating dtype; None: no norm.
         k_weight: Like `q_weight`; given exactly when it is.
         eps: Added to the mean square, > 0.
@@ -145,8 +147,8 @@ def spatial_attention(
     if qkv.dim() != 6 or qkv.shape[3] != 3 or not qkv.is_floating_point():
         raise ValueError(f"qkv must be float [B, T, S, 3, H, D], got {describe(qkv)}")
     check(qkv, q_weight, k_weight, None, 0)
-    too_wide = qkv.shape[-1] > WIDEST and _library.mode != "require"  # the launcher raises
-    if too_wide or not _forward.serves(qkv):
+    too_wide = qkv.shape[-1] > WIDEST and _forward.kernel(qkv.device.type) != "C++"
+    if (too_wide and _library.mode != "require") or not _forward.serves(qkv):  # in mode "require" the launcher raises
         return reference(qkv, q_weight, k_weight, eps)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     if q_weight is not None and k_weight is not None:

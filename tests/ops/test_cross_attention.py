@@ -31,11 +31,9 @@ SHAPES = [
 # At the borders of the tiles of 128, 64 and 32 rows that half precision takes.
 WIDE_SHAPES = [(127, 2, 72, (65, 3)), (257, 1, 72, (128, 300)), (129, 1, 128, (63,))]
 TYPES = [torch.float32, torch.bfloat16]
-# No C++ takes this op, and interpreted Triton takes what CUDA would: float32 here, since its
-# products of bfloat16 are not those of a GPU.
-IMPLEMENTATIONS = [i for i in testing.implementations() if not i.name.startswith("C++")]
+IMPLEMENTATIONS = testing.implementations()
 if IMPLEMENTATIONS[0].name == "Triton interpreted":
-    op.DTYPES["cpu"] = op.DTYPES["cuda"]
+    # Interpreted products of bfloat16 are not those of a GPU.
     TYPES, WIDE_SHAPES = [torch.float32], []
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -193,7 +191,8 @@ def test_reference_is_what_the_module_computes() -> None:
     q = module.q_linear(x).unflatten(-1, (2, 32))
     padded = module.kv_linear(text).flatten(0, 1).unflatten(-1, (2, 2, 32))
     y = op.reference(q, padded, torch.tensor([0, 9]).int(), lengths, 9)
-    expected = module(x, text, torch.arange(9) < lengths[:, None])
+    with testing.reference():
+        expected = module(x, text, torch.arange(9) < lengths[:, None])
     assert torch.equal(module.proj(y), expected)
     packed = torch.cat((padded[:6], padded[9:12]))
     for longest in (6, 9, 140):
@@ -301,11 +300,11 @@ def test_results_are_deterministic(implementation: Implementation) -> None:
 
 @each_implementation
 def test_opcheck(implementation: Implementation) -> None:
-    """Check schema and fakes against the kernels; on a CPU the op exists in this test alone."""
+    """Check schema and fakes against the kernels, interpreted ones as those of a CPU."""
     if implementation.name == "reference":
-        pytest.skip("the op has no kernel on a CPU")
-    with torch.library._scoped_library("opensora", "IMPL") as library:
-        if implementation.device == "cpu":
+        pytest.skip("a reference is no kernel")
+    with torch.library._scoped_library("opensora", "IMPL") as library, implementation.activate():
+        if implementation.name == "Triton interpreted":
             for one in (op._forward, op._backward):
                 library.impl(one.name, one.launcher, "CPU")
         args = arguments(5, 2, 16, (3, 4), torch.float32, implementation.device)
@@ -338,10 +337,12 @@ def test_a_required_kernel_that_cannot_run_raises() -> None:
 
 
 @each_implementation
-def test_wide_heads_go_to_the_reference(implementation: Implementation) -> None:
+def test_wide_heads_go_to_the_reference_or_to_cpp(implementation: Implementation) -> None:
     args = arguments(3, 1, 136, (3,), torch.float32, implementation.device)
     assert_as_exact_as(op.reference(*args), call(args), op.reference(*double(args)))
-    if implementation.name != "reference":
+    if implementation.name.startswith("C++"):
+        check(implementation, args)
+    elif implementation.name != "reference":
         with implementation.activate(), pytest.raises(NotImplementedError, match="at most 128"):
             call(args)
 
