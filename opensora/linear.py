@@ -1,15 +1,14 @@
-"""A linear layer that, while nothing is recorded on a CPU, adds bias and GELU inside the product."""
+"""A linear layer that adds bias and GELU inside the product, on a CPU while nothing is recorded."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora.ops import _library
-
-#: Multiply-adds from which oneDNN's float32 product beats the default one (2 cores of an EPYC).
-_LARGE = 2**24
 
 
 class Linear(nn.Linear):
@@ -21,8 +20,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """Return x W' + b [..., out] for x [..., in], through GELU (tanh) where it is asked for."""
-        if _fused(x, self.weight, self.bias, gelu):
-            activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        if _fused(x, self.weight, self.bias):
+            activation: Any = ("gelu", [], "tanh") if gelu else ("none", [], "")
             result: Tensor = torch.ops.mkldnn._linear_pointwise(
                 x, self.weight, self.bias, *activation
             )
@@ -31,7 +30,7 @@ class Linear(nn.Linear):
         return F.gelu(y, approximate="tanh") if gelu else y
 
 
-def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> bool:
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if _library.mode == "reference" or torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
     if _library.needs_grad(x, weight, bias) or not torch.backends.mkldnn.enabled or not x.numel():
@@ -42,6 +41,4 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> bool:
         return False
     if x.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return False
-    return gelu or x.numel() * weight.shape[0] >= _LARGE
+    return x.dtype == torch.float32 and torch.backends.mkldnn.is_available()

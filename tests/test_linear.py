@@ -44,7 +44,8 @@ def test_without_gradients_equals_the_plain_layer(
             torch.testing.assert_close(y, working)
         else:
             assert_as_exact_as(working, y, expected(one, x.double(), gelu))
-        assert y.dtype == dtype and y.is_contiguous()
+        assert y.dtype == dtype
+        assert y.is_contiguous()
 
 
 def test_takes_the_fused_way_only_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

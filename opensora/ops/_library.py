@@ -56,6 +56,7 @@ class Op:
         fake: Returns empty tensors of the op's output shapes, dtypes and layouts.
         dtypes: Device type -> dtypes that the kernel of that device accepts.
         cuda: `module:function` of the Triton launcher, imported on its first call.
+        onednn: The op on a CPU by calls of oneDNN, where torch was built with it.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Op:
         fake: Callable[..., Any],
         dtypes: _DTYPES,
         cuda: str | None = None,
+        onednn: Callable[..., Any] | None = None,
     ) -> None:
         self.name = schema.partition("(")[0]
         self.dtypes = dtypes
@@ -79,6 +81,9 @@ class Op:
         self._kernels: dict[str, str] = {}
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"opensora::{self.name}", "CPU"):
             self._kernels["cpu"] = "C++"
+        elif onednn is not None and torch.backends.mkldnn.is_available():
+            _LIBRARY.impl(self.name, onednn, "CPU")
+            self._kernels["cpu"] = "oneDNN"
         if cuda is not None and find_spec("triton") is not None:
             self._kernels["cuda"] = "Triton"
             if INTERPRETED and self.launcher is not None:
@@ -109,9 +114,10 @@ class Op:
         if mode == "reference":
             return False
         device_type = x.device.type
-        # Inductor fuses a CPU's reference with its neighbours; an opaque op would stand alone. On
-        # CUDA the ops are the fusions, and attention there is none that Inductor could write.
-        if mode == "auto" and device_type == "cpu" and torch.compiler.is_compiling():
+        # Compiled, C++ and Triton stay opaque ops: they are the fusions, and faster than
+        # Inductor's. oneDNN it calls itself; interpreted Triton is for tests that ask for it.
+        compiling = device_type == "cpu" and torch.compiler.is_compiling()
+        if mode == "auto" and compiling and self.kernel(device_type) != "C++":
             return False
         dtypes = self.dtypes.get(device_type, ())
         if x.dtype in dtypes and self.kernel(device_type) is not None:

@@ -6,7 +6,8 @@
 where a is x, or silu(group norm of x) with `norm`, and zero outside. An axis with kernel k and
 stride s gets max(k - s, 0) zeros: time all of them in front, height and width half of them
 (rounded down) in front and the rest behind.
-Kernels: Triton on CUDA for the forward (`kernels/causal_conv3d.py`); the backward is the library's.
+Kernels: Triton on CUDA for the forward (`kernels/causal_conv3d.py`), oneDNN on CPU (`_onednn`); the
+backward is the library's.
 For the convolutions of the temporal VAE, and of the 2D VAE: an image is a video of one frame.
 Axes: B batch, I input channels, O output channels, G groups, T frames, H height, W width.
 """
@@ -25,7 +26,8 @@ from opensora.ops._channels_last import channels_last
 from opensora.ops._library import Op, needs_grad
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "cuda": (torch.float32, torch.bfloat16, torch.float16)
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16),
 }
 
 
@@ -103,6 +105,40 @@ def _fake_forward(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
+def _onednn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm: _Norm,
+    stride: list[int],
+) -> Tensor:
+    """Compute the forward op by oneDNN, which pads as it reads, as much behind as in front.
+
+    So time gets frames behind as well, which are cut off: they meet as few taps as the frames in
+    front leave out. Only a stride of 2 in space, padded behind alone, makes a padded copy.
+    """
+    x = normalise(x, *norm) if norm else x
+    axes = slice(-2, None) if x.shape[2] == weight.shape[2] == 1 else slice(None)  # an image
+    zeros = [max(k - s, 0) for k, s in zip(weight.shape[2:], stride, strict=True)]
+    frames, padding = x.shape[2], [zeros[0], zeros[1] // 2, zeros[2] // 2]
+    if zeros[1] % 2 or zeros[2] % 2:
+        x = channels_last(F.pad(x, (0, zeros[2] % 2, 0, zeros[1] % 2)))
+    if axes.start is not None:
+        x, weight = x.squeeze(2), weight.squeeze(2)
+    ones = [1, 1, 1]
+    y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, padding[axes], stride[axes], ones[axes], 1, "none", [], ""
+    )
+    y = y if axes.start is None else y.unsqueeze(2)
+    kept = (frames + zeros[0] - weight.shape[2]) // stride[0] + 1 if axes.start is None else 1
+    dense = y.shape[0] == 1 or kept == y.shape[2]
+    y = y[:, :, :kept]
+    if residual is not None:
+        y = torch.add(residual, y, out=y if dense else torch.empty_like(residual))
+    return channels_last(y)  # a copy of several samples without a residual, of which frames are cut
+
+
 # x, weight and residual are channels_last_3d; norm is [mean_rstd (float32), weight, bias] or [].
 _forward = Op(
     "causal_conv3d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
@@ -110,6 +146,7 @@ _forward = Op(
     fake=_fake_forward,
     dtypes=DTYPES,
     cuda="opensora.kernels.causal_conv3d:forward",
+    onednn=_onednn,
 )
 
 
@@ -163,10 +200,11 @@ def causal_conv3d(
 ) -> Tensor:
     """Convolve `x` so that a frame depends on itself and earlier frames; add bias and residual.
 
-    Products are summed up in float32 (float64 for float64 input); a kernel rounds once, after
-    bias and residual. It moves no padded or unfolded copy and, of any size, allocates the result
-    alone. Deterministic in the forward. Differentiable once, by the library's convolutions, in
-    all tensors; what needs a gradient is normalised by a pass of its own.
+    Products are summed up in float32 (float64 for float64 input); Triton rounds once, after
+    bias and residual, oneDNN before the residual as well. A kernel moves no padded or unfolded
+    copy (but see `_onednn`) and, of any size, allocates the result alone. Deterministic in the
+    forward. Differentiable once, by the library's convolutions, in all tensors; what needs a
+    gradient is normalised by a pass of its own.
 
     Args:
         x: [B, I, T, H, W], or images [B, I, H, W]; floating point. A kernel copies what is not in

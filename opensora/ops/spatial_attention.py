@@ -3,7 +3,8 @@
     y = softmax(norm(q) norm(k)' / sqrt(D)) v,  norm(x) = weight * x / sqrt(mean(x^2) + eps)
 
 Kernels: Triton on CUDA (`kernels/spatial_attention.py`), C++ on CPU
-(`csrc/cpu/spatial_attention.cpp`). Used by STDiT3's spatial blocks, where the norms are on. Axes: B batch, T frames, S patches per frame, H heads, D head width.
+(`csrc/cpu/spatial_attention.cpp`). Used by STDiT3's spatial blocks, where the norms are on.
+Axes: B batch, T frames, S patches per frame, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -40,11 +41,14 @@ def reference_backward(
     """Return what `_backward` returns. With weights p of the softmax and dp = grad v':
 
     dv = p' grad, ds = p * (dp - sum(p * dp)) / sqrt(D), dq = ds k, dk = ds' q,
-    and through the norms as in `prepare_backward`.
+    and through the norms as in `prepare_backward`. q and k are rounded as in the forward, products
+    are float32.
     """
     wide = torch.promote_types(qkv.dtype, torch.float32)
-    raw_q, raw_k, v = qkv.to(wide).permute(3, 0, 1, 4, 2, 5).unbind(0)  # [B, T, H, S, D]
-    q, k = prepare(raw_q, q_weight, *_UNTURNED, eps), prepare(raw_k, k_weight, *_UNTURNED, eps)
+    raw_q, raw_k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)  # [B, T, H, S, D]
+    q = prepare(raw_q, q_weight, *_UNTURNED, eps).to(qkv.dtype).to(wide)
+    k = prepare(raw_k, k_weight, *_UNTURNED, eps).to(qkv.dtype).to(wide)
+    v = v.to(wide)
     do = grad.to(wide).unflatten(-1, qkv.shape[-2:]).transpose(2, 3)
     scale = qkv.shape[-1] ** -0.5
     p = (q @ k.mT * scale).softmax(-1)
@@ -126,7 +130,8 @@ def spatial_attention(
 
     With weights q and k are RMS-normalised over D first. The reference rounds their norms to
     qkv's dtype before and after the weight, and so does C++; Triton multiplies both weights into
-    one side and rounds that once. Sums and softmax are float32. Deterministic. Differentiable once, in all tensors.
+    one side and rounds that once. Sums and softmax are float32. Deterministic. Differentiable
+    once, in all tensors.
 
     Args:
         qkv: [B, T, S, 3, H, D], q first, floating point; any strides, a kernel copies it unless D
@@ -148,7 +153,9 @@ def spatial_attention(
         raise ValueError(f"qkv must be float [B, T, S, 3, H, D], got {describe(qkv)}")
     check(qkv, q_weight, k_weight, None, 0)
     too_wide = qkv.shape[-1] > WIDEST and _forward.kernel(qkv.device.type) != "C++"
-    if (too_wide and _library.mode != "require") or not _forward.serves(qkv):  # in mode "require" the launcher raises
+    if (too_wide and _library.mode != "require") or not _forward.serves(
+        qkv
+    ):  # in mode "require" the launcher raises
         return reference(qkv, q_weight, k_weight, eps)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     if q_weight is not None and k_weight is not None:

@@ -51,13 +51,15 @@ def reference_backward(
     """Return what `_backward` returns. With p = softmax(x), x = q k' / sqrt(D) and dp = grad v':
 
     dv = p' grad, ds = p * (dp - sum(p * dp)) / sqrt(D), dq = ds k, dk = ds' q,
-    and through rotation and norm as in `_heads.prepare_backward`.
+    and through rotation and norm as in `_heads.prepare_backward`. q and k are rounded as in the
+    forward, products are float32.
     """
     wide = torch.promote_types(qkv.dtype, torch.float32)
-    raw_q, raw_k, v = qkv.to(wide).permute(3, 0, 2, 4, 1, 5).unbind(0)  # [B, S, H, T, D]
+    raw_q, raw_k, v = qkv.permute(3, 0, 2, 4, 1, 5).unbind(0)  # [B, S, H, T, D]
     do = grad.to(wide).unflatten(-1, qkv.shape[-2:]).permute(0, 2, 3, 1, 4)
-    q = _heads.prepare(raw_q, q_weight, cos, sin, False, eps)
-    k = _heads.prepare(raw_k, k_weight, cos, sin, False, eps)
+    q = _heads.prepare(raw_q, q_weight, cos, sin, False, eps).to(qkv.dtype).to(wide)
+    k = _heads.prepare(raw_k, k_weight, cos, sin, False, eps).to(qkv.dtype).to(wide)
+    v = v.to(wide)
     scale = qkv.shape[-1] ** -0.5
     p = (q @ k.mT * scale).softmax(-1)
     dp = do @ v.mT
