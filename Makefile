@@ -18,7 +18,7 @@ BUILD_INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell f
 export DEMO_PROMPT := $(value PROMPT)
 unexport PROMPT
 
-.PHONY: demo test lint bench static counted gpu clean help
+.PHONY: demo test lint bench static counted sanitize gpu clean help
 
 demo: .venv/.demo
 	@$(PY) -m opensora generate --prompt="$$DEMO_PROMPT" $(ARGS)
@@ -41,6 +41,18 @@ static: .venv/.test
 counted: .venv/.test
 	@$(PY) -m bench.counted
 
+# The tests of the C++ kernels on a build that checks every access; the interpreter's own leaks and
+# Python's tests of Triton are left out.
+sanitize: .venv/.test
+	@cmake=$$(command -v cmake || echo .venv/bin/cmake) && \
+	  $$cmake -S . -B build/sanitize -DOPENSORA_SANITIZE=ON \
+	    -DTORCH_ROOT=$$($(PY) -c 'import torch; print(torch.__path__[0])') > /dev/null && \
+	  $$cmake --build build/sanitize --parallel > /dev/null
+	@libraries=$$(for l in asan ubsan stdc++; do $${CXX:-c++} -print-file-name=lib$$l.so; done) && \
+	  LD_PRELOAD="$$(echo $$libraries)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  OPENSORA_LIBRARY=build/sanitize/_C.abi3.so OMP_NUM_THREADS=2 \
+	  $(PY) -m pytest -q tests/ops -p no:cacheprovider -k "C++ and not compiles" $(ARGS)
+
 # The GPU machine's own Python, which has torch and Triton: nothing is installed.
 gpu:
 	@$(PYTHON) -m bench.gpu $(ARGS)
@@ -55,6 +67,7 @@ help:
 	@echo 'make bench [ARGS="-k layer"]   kernels against their references'
 	@echo 'make static                    compile every Triton kernel and gate its resources'
 	@echo 'make counted                   launches, bytes and graphs of a transformer block'
+	@echo 'make sanitize                  C++ kernels with address and undefined-behaviour checks'
 	@echo 'make gpu                       check, then time every kernel on this GPU; installs nothing'
 	@echo 'make clean                     remove .venv and everything built'
 	@echo 'PYTHON=python3.12              another interpreter; OPENSORA_BUILD: see setup.py'

@@ -1,13 +1,16 @@
 """Load the compiled CPU kernels, if this installation has them.
 
 The library holds implementations only (`csrc/`); the schemas are defined in `opensora/ops/`.
-Without it every op still works: the PyTorch references serve.
+Without it every op still works: the PyTorch references serve. OPENSORA_LIBRARY names another build
+of it, such as the one of `make sanitize`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from importlib.resources import files
+from pathlib import Path
 
 import torch
 
@@ -21,7 +24,7 @@ def _load() -> str | None:
     Raises:
         ImportError: The file is there but cannot be loaded.
     """
-    path = files("opensora") / LIBRARY
+    path = Path(os.environ.get("OPENSORA_LIBRARY") or str(files("opensora") / LIBRARY))
     if not path.is_file():
         return None
     try:
