@@ -18,7 +18,7 @@ BUILD_INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell f
 export DEMO_PROMPT := $(value PROMPT)
 unexport PROMPT
 
-.PHONY: demo test lint bench static counted sanitize gpu clean help
+.PHONY: demo test lint bench benchmark static counted sanitize gpu clean help
 
 demo: .venv/.demo
 	@$(PY) -m opensora generate --prompt="$$DEMO_PROMPT" $(ARGS)
@@ -33,6 +33,9 @@ lint: .venv/.dev
 	.venv/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
 
 bench: .venv/.test
+	@$(PY) -m bench.cpu
+
+benchmark: .venv/.test
 	@$(PY) -m pytest bench -s --benchmark-columns=median,rounds --benchmark-max-time=0.2 $(ARGS)
 
 static: .venv/.test
@@ -64,7 +67,8 @@ help:
 	@echo 'make demo [PROMPT="a blue star falling"] [ARGS="--seed 1"]   clip under samples/'
 	@echo 'make test [ARGS="-k rope"]     tests'
 	@echo 'make lint                      ruff, mypy, clang-format'
-	@echo 'make bench [ARGS="-k layer"]   kernels against their references'
+	@echo 'make bench                     CPU kernels beside copies and peers, against the record'
+	@echo 'make benchmark [ARGS="-k rms"] every kernel under pytest-benchmark'
 	@echo 'make static                    compile every Triton kernel and gate its resources'
 	@echo 'make counted                   launches, bytes and graphs of a transformer block'
 	@echo 'make sanitize                  C++ kernels with address and undefined-behaviour checks'

@@ -29,6 +29,7 @@ import torch
 
 from bench import cases
 from bench.plot import bars
+from bench.shapes import CPU
 
 ROOT = Path(__file__).parent.parent
 #: Larger inputs are left to GPUs.
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (title, case, dtype)
         for title, case in collect(args.only).items()
         for dtype in case.dtypes
-        if device == "cuda" or case.size(dtype) <= CPU_BYTES
+        if f" {CPU} " not in f" {title} " and (device == "cuda" or case.size(dtype) <= CPU_BYTES)
     ]
     # What the models run first; the embedded model's sizes last.
     chosen.sort(key=lambda entry: "tiny" in entry[0])

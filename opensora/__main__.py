@@ -13,10 +13,13 @@ from opensora.config_file import suggest
 from opensora.errors import UsageError
 from opensora.program import run_program
 
-COMMANDS = {"generate": "clips and images from text"}
+COMMANDS = {
+    "generate": "clips and images from text",
+    "doctor": "check this installation: every kernel against its reference",
+}
 
 USAGE = "usage: opensora [COMMAND] [--help] [--version]\n\ncommands:\n" + "\n".join(
-    f"  {name:<10} {text}; see `opensora {name} --help`" for name, text in COMMANDS.items()
+    f"  {name:<10} {text}" for name, text in COMMANDS.items()
 )
 
 
@@ -35,6 +38,8 @@ def _main(words: list[str]) -> int:
         print(describe_installation())
     elif words[0] in ("-h", "--help", "help"):
         print(USAGE)
+    elif words[0] == "doctor":
+        return _doctor(words[1:])
     elif words[0] in ("-V", "--version"):
         print(f"opensora {opensora.__version__}")
     else:
@@ -42,6 +47,17 @@ def _main(words: list[str]) -> int:
         hint = suggest(words[0], [*COMMANDS, "--help", "--version"])
         raise UsageError(f"unknown {kind} {words[0]!r}{hint} (commands: {', '.join(COMMANDS)})")
     return 0
+
+
+def _doctor(words: list[str]) -> int:
+    from opensora import doctor
+
+    if words in (["-h"], ["--help"]):
+        print("usage: opensora doctor\n\n" + (doctor.__doc__ or ""))
+        return 0
+    if words:
+        raise UsageError(f"opensora doctor takes no arguments, got {words[0]!r}")
+    return doctor.main()
 
 
 def describe_installation() -> str:
