@@ -32,8 +32,8 @@ def test_a_kernel_is_as_fast_as_recorded(name: str) -> None:
     record = json.loads(cpu.BASELINE.read_text("utf-8"))
     recorded = record["results"][name]
     if record["processor"] != cpu.processor():
-        # Ratios of another processor are no measure; slower than plain PyTorch is never right.
-        recorded = {"eager": 1 / cpu.KEPT}
+        # Ratios of another processor are no measure; much slower than plain PyTorch is never right.
+        recorded = {"eager": 1.0}
     figures, low = cpu.check(case, dtype, recorded)
     assert figures is not None
     assert not low, f"{low}; all: {figures}"

@@ -10,6 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+# Whether this processor multiplies tiles of bfloat16, which PyTorch's attention uses.
+_HAS_TILES: bool = torch.cpu._is_amx_tile_supported()
+
+
+def library_is_faster(x: Tensor) -> bool:
+    """Tell whether PyTorch's own attention over many keys beats the C++ kernels for `x`.
+
+    By calculation: the kernels multiply vectors, at half of what tiles reach. In other dtypes, and
+    without tiles, they are 1.2 to 2 times as fast as it (docs/log.md).
+    """
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and _HAS_TILES
+
+
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the pairs (2i, 2i + 1) of x's last axis by the angles of their position.
 

@@ -170,7 +170,8 @@ def cross_attention(
     if longest < 1:
         raise ValueError(f"longest must be 1 or more, got {longest}")
     too_wide = q.shape[-1] > WIDEST and _forward.kernel(q.device.type) != "C++"
-    if (too_wide and _library.mode != "require") or not _forward.serves(
+    left = too_wide or _attention.library_is_faster(q)
+    if (left and _library.mode != "require") or not _forward.serves(
         q
     ):  # in mode "require" the launcher raises
         return reference(q, kv, starts, lengths, longest)

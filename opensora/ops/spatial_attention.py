@@ -153,7 +153,8 @@ def spatial_attention(
         raise ValueError(f"qkv must be float [B, T, S, 3, H, D], got {describe(qkv)}")
     check(qkv, q_weight, k_weight, None, 0)
     too_wide = qkv.shape[-1] > WIDEST and _forward.kernel(qkv.device.type) != "C++"
-    if (too_wide and _library.mode != "require") or not _forward.serves(
+    left = too_wide or _attention.library_is_faster(qkv)
+    if (left and _library.mode != "require") or not _forward.serves(
         qkv
     ):  # in mode "require" the launcher raises
         return reference(qkv, q_weight, k_weight, eps)

@@ -336,6 +336,18 @@ def test_a_required_kernel_that_cannot_run_raises() -> None:
         call(args)
 
 
+def test_a_processor_with_tiles_leaves_bfloat16_to_the_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = arguments(3, 1, 8, (3,), torch.bfloat16)
+    monkeypatch.setattr(op, "reference", lambda *_: "the reference")
+    monkeypatch.setattr(op._attention, "_HAS_TILES", True)
+    assert call(args) == "the reference"
+    wider = arguments(3, 1, 8, (3,), torch.float32)
+    compiled = op._forward.kernel("cpu") is not None
+    assert (call(wider) == "the reference") is not compiled
+
+
 @each_implementation
 def test_wide_heads_go_to_the_reference_or_to_cpp(implementation: Implementation) -> None:
     args = arguments(3, 1, 136, (3,), torch.float32, implementation.device)
