@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 # Whether this processor multiplies tiles of bfloat16, which PyTorch's attention uses.
 _HAS_TILES: bool = torch.cpu._is_amx_tile_supported()
 
