@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Arguments, Case
-from bench.shapes import COMPILED_CONVOLUTIONS, CONVOLUTIONS, SMALL_CONVOLUTION
+from bench.shapes import COMPILED_CONVOLUTIONS, CONVOLUTIONS, CPU, SMALL_CONVOLUTION
 from bench.static import Static
 from opensora.functional import causal_conv3d, groupnorm_silu
 from opensora.kernels import causal_conv3d as triton_kernels
@@ -113,7 +113,8 @@ def _useful(_: str, constants: dict[str, Any]) -> int:
     return round(constants["PIXELS"] * constants["I"] / steps * constants["O"] / blocks)
 
 
-STATIC = {name: _static(shape) for name, shape in CONVOLUTIONS.items()} | {
+_ON_GPUS = {name: shape for name, shape in CONVOLUTIONS.items() if not name.startswith(CPU)}
+STATIC = {name: _static(shape) for name, shape in _ON_GPUS.items()} | {
     "256 wide float32": _static(CONVOLUTIONS["256 wide"], torch.float32),
     "256 wide, normed": _static(CONVOLUTIONS["256 wide"], normed=True),
     "2D, 128 wide, normed": _static(COMPILED_CONVOLUTIONS["2D, 128 wide"], normed=True),
