@@ -33,7 +33,9 @@ class Linear(nn.Linear):
 def _fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if _library.mode == "reference" or torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
-    if _library.needs_grad(x, weight, bias) or not torch.backends.mkldnn.enabled or not x.numel():
+    if _library.needs_grad(x, weight, bias) or not x.numel():
+        return False
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     same = x.dtype == weight.dtype and weight.device.type == "cpu" and weight.is_contiguous()
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
@@ -41,4 +43,4 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if x.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return x.dtype == torch.float32

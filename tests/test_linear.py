@@ -70,6 +70,15 @@ def test_takes_the_fused_way_only_without_gradients(monkeypatch: pytest.MonkeyPa
     assert len(calls) == 1
 
 
+def test_needs_no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    for dtype in (torch.float32, torch.bfloat16):
+        one, x = layer(8, 16, dtype), randn(4, 16).to(dtype)
+        with torch.no_grad():
+            assert torch.equal(one(x, gelu=True), expected(one, x, gelu=True))
+
+
 def test_gradients_equal_those_of_the_plain_layer() -> None:
     one, x = layer(8, 16, torch.float64), randn(4, 16, dtype=torch.float64).requires_grad_()
     for gelu in (False, True):
