@@ -48,6 +48,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 registry: list[Op] = []
 
 
+def define(schema: str, fake: Callable[..., Any]) -> None:
+    """Define an operator of the `opensora` library, which something else implements."""
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"opensora::{schema.partition('(')[0]}", fake, lib=_LIBRARY)
+
+
 class Op:
     """Define one op of the `opensora` library and remember which device runs which kernel.
 
@@ -57,6 +63,7 @@ class Op:
         dtypes: Device type -> dtypes that the kernel of that device accepts.
         cuda: `module:function` of the Triton launcher, imported on its first call.
         onednn: The op on a CPU by calls of oneDNN, where torch was built with it.
+        native: Whether `csrc/cuda` has a kernel as well; it serves as the overload `native`.
     """
 
     def __init__(
@@ -67,11 +74,13 @@ class Op:
         dtypes: _DTYPES,
         cuda: str | None = None,
         onednn: Callable[..., Any] | None = None,
+        native: bool = False,
     ) -> None:
         self.name = schema.partition("(")[0]
         self.dtypes = dtypes
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"opensora::{self.name}", fake, lib=_LIBRARY)
+        define(schema, fake)
+        if native:
+            define(schema.replace("(", ".native(", 1), fake)
         self.launcher = None if cuda is None else _imported_on_first_call(cuda)
         if self.launcher is not None:
             _LIBRARY.impl(self.name, self.launcher, "CUDA")

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opensora.ops._channels_last import channels_last
-from opensora.ops._library import Op, needs_grad
+from opensora.ops._library import Op, define, needs_grad
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -147,6 +147,23 @@ _forward = Op(
     dtypes=DTYPES,
     cuda="opensora.kernels.causal_conv3d:forward",
     onednn=_onednn,
+    native=True,
+)
+
+
+def _fake_with_statistics(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, stride, groups, _ = others
+    return _fake_forward(x, weight, stride), x.new_empty(
+        x.shape[0], groups, 2, dtype=torch.float32
+    )
+
+
+# The forward, and mean_rstd [B, groups, 2] of its result, which the next norm takes; only csrc/cuda
+# has it, whose kernel sees the result before it leaves the chip.
+define(
+    "causal_conv3d_with_statistics(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
+    "Tensor[] norm, int[3] stride, int groups, float eps) -> (Tensor y, Tensor mean_rstd)",
+    _fake_with_statistics,
 )
 
 

@@ -93,12 +93,14 @@ _forward = Op(
     fake=_fake_forward,
     dtypes=DTYPES,
     cuda="opensora.kernels.qk_norm_rope:forward",
+    native=True,
 )
 _inplace = Op(
     f"qk_norm_rope_inplace(Tensor(a!) qkv, {_ARGUMENTS}) -> ()",
     fake=_fake_inplace,
     dtypes=DTYPES,
     cuda="opensora.kernels.qk_norm_rope:inplace",
+    native=True,
 )
 # dweights [2, D] float32: the gradients of q_weight and k_weight; [2, 0] without them.
 _backward = Op(

@@ -85,6 +85,7 @@ _forward = Op(
     fake=_fake_forward,
     dtypes=DTYPES,
     cuda="opensora.kernels.temporal_attention:forward",
+    native=True,
 )
 # dweights [2, D] float32: the gradients of q_weight and k_weight; [2, 0] without them.
 _backward = Op(
