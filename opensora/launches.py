@@ -61,6 +61,25 @@ class Resources:
     instructions: int
     seconds: float
 
+    @classmethod
+    def of(
+        cls, usage: str, assembly: str, shared: int = 0, macs: int = 0, seconds: float = 0.0
+    ) -> Resources:
+        """Count in what `cuobjdump -res-usage` and `nvdisasm` say of one kernel."""
+        found = re.search(r"REG:(\d+) .*?SHARED:(\d+)", usage)
+        assert found is not None, usage
+        return cls(
+            registers=int(found[1]),
+            spills=len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
+            shared=max(int(found[2]), shared),
+            barriers=len(re.findall(r"\bBAR\.", assembly)),
+            accesses=frozenset(re.findall(r"\b(?:LDG|STG|LDGSTS)\.E(?:\.\w+)*", assembly)),
+            matrix=frozenset(re.findall(r"\b(?:UTC)?H[G]?MMA\b|\bUTCHMMA\b", assembly)),
+            macs=macs,
+            instructions=len(re.findall(r"^\s+/\*[0-9a-f]+\*/.*;", assembly, re.M)),
+            seconds=round(seconds, 1),
+        )
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -98,19 +117,9 @@ class Launch:
             )
         seconds = time.perf_counter() - started
         usage, assembly = _disassemble(compiled.asm["cubin"])
-        found = re.search(r"REG:(\d+) .*?SHARED:(\d+)", usage)
-        assert found is not None, usage
-        return Resources(
-            registers=int(found[1]),
-            spills=len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
-            shared=max(int(found[2]), compiled.metadata.shared),
-            barriers=len(re.findall(r"\bBAR\.", assembly)),
-            accesses=frozenset(re.findall(r"\b(?:LDG|STG)\.E(?:\.\w+)?", assembly)),
-            matrix=frozenset(re.findall(r"\b(?:UTC)?H[G]?MMA\b|\bUTCHMMA\b", assembly)),
-            macs=_macs(compiled.asm["ttir"]),
-            instructions=len(re.findall(r"^\s+/\*[0-9a-f]+\*/.*;", assembly, re.M)),
-            seconds=round(seconds, 1),
-        )
+        macs = _macs(compiled.asm["ttir"])
+        return Resources.of(usage, assembly, compiled.metadata.shared, macs, seconds)
+
 
 
 def record(launcher: Callable[[], object]) -> list[Launch]:
@@ -171,6 +180,23 @@ def _macs(ttir: str) -> int:
     for m, k, n in re.findall(r"tt\.dot .*?: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x", ttir):
         total += int(m) * int(n) * int(k)
     return total
+
+
+def disassemble(cubin: bytes) -> dict[str, Resources]:
+    """Count what every kernel of a cubin uses; keys are its symbols."""
+    usage, assembly = _disassemble(cubin)
+    lines = dict(re.findall(r"^ Function (\w+):\n(.*)$", usage, re.M))
+    _, *sections = re.split(r"^\.text\.(\w+):$", assembly, flags=re.M)
+    texts = dict(zip(sections[::2], sections[1::2], strict=True))
+    return {symbol: Resources.of(lines[symbol], text) for symbol, text in texts.items()}
+
+
+def cubins(library: Path) -> dict[str, bytes]:
+    """Extract the cubins of a compiled library; keys end in their architecture."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [_tools() / "cuobjdump", "-xelf", "all", library.resolve()]
+        subprocess.run(command, cwd=folder, capture_output=True, check=True)
+        return {path.stem: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

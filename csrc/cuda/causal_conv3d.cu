@@ -336,8 +336,7 @@ run(CausalConv3d a) {
     __syncthreads();  // this tap's weights are here, and nobody reads the buffer of the last one
     prefetch(step + BUFFERS - 1);
     multiply_tap<Number>(product, a, halo, tap, x, ring + step % BUFFERS * WEIGHT_PACKS);
-  }
-  wait<0>();
+  }  // the groups that are still open copy nothing
   float* staged = reinterpret_cast<float*>(shared());
   Sums sums[2];
   for (int half = 0; half < 2; ++half) {

@@ -1,10 +1,10 @@
 // Run CUDA kernels on a processor, thread by thread, to test what they compute without a GPU.
 //
 // Every thread of a block is a fiber that runs until it waits: at a barrier, or in an instruction
-// that a whole warp takes part in. Fibers run in an order that tests choose, so a missing barrier
-// shows as a wrong value in one of the orders: shared memory begins as NaN. An asynchronous copy
-// arrives as late as it may. What differs from a GPU: one block at a time, caches, and the rounding
-// of sums inside `multiply`.
+// that a whole warp takes part in. Tests choose who runs first, how far warps drift apart, and when
+// asynchronous copies arrive, so that a missing barrier shows as a wrong value in one of the
+// orders; shared memory begins as NaN. What differs from a GPU: one block at a time, caches, and
+// the rounding of sums inside `multiply`.
 #pragma once
 
 #include <setjmp.h>
@@ -74,6 +74,13 @@ struct Fiber {
   std::vector<Copy> open;
 };
 
+// What a GPU leaves open, and tests choose.
+struct Order {
+  int turns = 0;       // of warps and lanes: 0 one after the other, 1 backwards, 2 shuffled
+  bool hurry = false;  // a warp runs on to the block's barrier, instead of one step like all others
+  bool early = false;  // an asynchronous copy arrives at once, instead of when it is waited for
+};
+
 // What runs now. One block at a time, in one thread of the process.
 struct Machine {
   Index thread{}, block{}, grid{}, size{};
@@ -82,8 +89,10 @@ struct Machine {
   std::function<void()> kernel;
   jmp_buf scheduler;
   Fiber* running = nullptr;
-  int order = 0;  // 0: threads in turn, 1: backwards, others: shuffled with this seed
+  Order order;
 };
+
+constexpr int ORDERS = 12;
 
 inline Machine& machine() {
   static Machine one;
@@ -111,8 +120,13 @@ inline void collect(void (*collective)(void**), void* payload) {
   park(State::warp_barrier);
 }
 
+inline void run(const Copy& copy) {
+  copy.there ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+}
+
 inline void copy_async(void* to, const void* from, bool there) {
-  machine().running->open.push_back({to, from, there});
+  const Copy copy{to, from, there};
+  machine().order.early ? run(copy) : machine().running->open.push_back(copy);
 }
 
 inline void commit() {
@@ -124,9 +138,7 @@ inline void commit() {
 inline void wait(size_t left) {
   std::vector<std::vector<Copy>>& groups = machine().running->groups;
   while (groups.size() > left) {
-    for (const Copy& copy : groups.front()) {
-      copy.there ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
-    }
+    for (const Copy& copy : groups.front()) run(copy);
     groups.erase(groups.begin());
   }
 }
@@ -187,42 +199,42 @@ inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
       &mine);
 }
 
-// Let those go on whose wait is over; false if nobody's is.
-inline bool release(std::vector<Fiber>& fibers) {
-  bool released = false;
-  for (size_t first = 0; first < fibers.size(); first += 32) {
-    const size_t last = std::min(first + 32, fibers.size());
-    size_t waiting = 0, done = 0;
-    void* lanes[32] = {};
-    for (size_t i = first; i < last; ++i) {
-      waiting += fibers[i].state == State::warp_barrier;
-      done += fibers[i].state == State::done;
-      lanes[i - first] = fibers[i].payload;
-    }
-    if (waiting == 0 || waiting + done < last - first) continue;
-    void (*collective)(void**) = fibers[first].collective;
-    for (size_t i = first; i < last; ++i) {
-      if (fibers[i].collective != collective) throw std::runtime_error("a warp has split up");
-    }
-    if (collective) {
-      if (waiting < 32) throw std::runtime_error("a warp's instruction lacks lanes");
-      collective(lanes);
-    }
-    for (size_t i = first; i < last; ++i) {
-      if (fibers[i].state == State::warp_barrier) fibers[i].state = State::ready;
-    }
-    released = true;
+// Let the warp of fibers [first, last) go on if all its lanes wait for one another.
+inline bool release_warp(size_t first) {
+  std::vector<Fiber>& fibers = machine().fibers;
+  const size_t last = std::min(first + 32, fibers.size());
+  size_t waiting = 0, done = 0;
+  void* lanes[32] = {};
+  for (size_t i = first; i < last; ++i) {
+    waiting += fibers[i].state == State::warp_barrier;
+    done += fibers[i].state == State::done;
+    lanes[i - first] = fibers[i].payload;
   }
-  if (released) return true;
-  for (const Fiber& fiber : fibers) {
+  if (waiting == 0 || waiting + done < last - first) return false;
+  void (*collective)(void**) = fibers[first].collective;
+  for (size_t i = first; i < last; ++i) {
+    if (fibers[i].collective != collective) throw std::runtime_error("a warp has split up");
+  }
+  if (collective) {
+    if (waiting < 32) throw std::runtime_error("a warp's instruction lacks lanes");
+    collective(lanes);
+  }
+  for (size_t i = first; i < last; ++i) {
+    if (fibers[i].state == State::warp_barrier) fibers[i].state = State::ready;
+  }
+  return true;
+}
+
+// Let the block go on after its barrier; false if it is done.
+inline bool release_block() {
+  bool waiting = false;
+  for (Fiber& fiber : machine().fibers) {
     if (fiber.state == State::warp_barrier) throw std::runtime_error("a warp waits for ever");
-  }
-  for (Fiber& fiber : fibers) {
     if (fiber.state != State::block_barrier) continue;
     fiber.state = State::ready;
-    released = true;
+    waiting = true;
   }
-  return released;
+  return waiting;
 }
 
 // Let a fiber run until it waits or ends; on a stack frame of its own, for the jump back.
@@ -233,22 +245,41 @@ __attribute__((noinline)) inline void run_fiber(Fiber& fiber) {
   setcontext(&fiber.start);
 }
 
-inline void run_block(size_t threads) {
+// Run every ready lane of a warp once.
+inline void run_warp(size_t first, const std::vector<size_t>& turns) {
   Machine& m = machine();
-  std::vector<size_t> turns(threads);
-  std::iota(turns.begin(), turns.end(), size_t{0});
-  std::mt19937 random(m.order + m.block.x);
+  for (const size_t turn : turns) {
+    const size_t i = first + turn;
+    if (i >= m.fibers.size() || m.fibers[i].state != State::ready) continue;
+    m.running = &m.fibers[i];
+    m.thread = {static_cast<unsigned>(i), 0, 0};
+    run_fiber(m.fibers[i]);
+  }
+}
+
+// The numbers below `count` in the order of this run.
+inline std::vector<size_t> turns(size_t count, std::mt19937& random) {
+  std::vector<size_t> all(count);
+  std::iota(all.begin(), all.end(), size_t{0});
+  if (machine().order.turns == 1) std::reverse(all.begin(), all.end());
+  if (machine().order.turns == 2) std::shuffle(all.begin(), all.end(), random);
+  return all;
+}
+
+inline void run_block() {
+  Machine& m = machine();
+  const size_t warps = (m.fibers.size() + 31) / 32;
+  std::mt19937 random(m.block.x);
   do {
-    if (m.order == 1) std::sort(turns.rbegin(), turns.rend());
-    if (m.order > 1) std::shuffle(turns.begin(), turns.end(), random);
-    for (const size_t turn : turns) {
-      Fiber& fiber = m.fibers[turn];
-      if (fiber.state != State::ready) continue;
-      m.running = &fiber;
-      m.thread = {static_cast<unsigned>(turn), 0, 0};
-      run_fiber(fiber);
+    bool released = true;
+    while (released) {
+      released = false;
+      for (const size_t warp : turns(warps, random)) {
+        do run_warp(32 * warp, turns(32, random));
+        while (release_warp(32 * warp) && (released = true) && m.order.hurry);
+      }
     }
-  } while (release(m.fibers));
+  } while (release_block());
 }
 
 // Run a kernel as <<<blocks, threads, bytes>>> would.
@@ -274,7 +305,7 @@ inline void launch(int64_t blocks, int threads, size_t bytes, std::function<void
       fiber.start.uc_link = nullptr;
       makecontext(&fiber.start, enter, 0);
     }
-    run_block(threads);
+    run_block();
     for (size_t i = 0; i < GUARD; ++i) {
       if (m.memory[bytes + i] != 0xff) throw std::runtime_error("written past shared memory");
     }
@@ -291,10 +322,10 @@ inline void launch(int64_t blocks, int threads, size_t bytes, std::function<void
 
 inline void __syncthreads() { opensora::emulator::park(opensora::emulator::State::block_barrier); }
 
-// For tests: the order in which the threads of a block take turns (Machine::order).
+// For tests: choose one of ORDERS orders for the kernels that follow (emulator::Order).
 extern "C" __attribute__((visibility("default"), used)) inline void opensora_emulator_order(
     int order) {
-  opensora::emulator::machine().order = order;
+  opensora::emulator::machine().order = {order % 3, order / 3 % 2 == 1, order / 6 % 2 == 1};
 }
 
 inline void __syncwarp() { opensora::emulator::collect(nullptr, nullptr); }

@@ -21,7 +21,7 @@ DEVICE float number(const void* from, Type type, int64_t i) {
 // What is done to heads; a null pointer says that a step is left out.
 struct HeadRules {
   const void *q_weight, *k_weight;  // [D]
-  const float *cos, *sin;           // [positions, D], equal in pairs
+  const float *cos, *sin;           // [positions, D]
   Type weight_type;
   bool legacy;  // rotate before the norm
   float eps;
@@ -33,17 +33,18 @@ constexpr int HEAD_PACKS = D / PER_PACK<T>;
 template <class T, int D>
 constexpr int HEAD_STRIDE = HEAD_PACKS<T, D> | 1;
 
-template <class T, int D>
-DEVICE void load_head(const Pack* packs, float (&x)[D]) {
-  UNROLL for (int i = 0; i < HEAD_PACKS<T, D>; ++i) {
-    Numbers<T>::load(packs[i], x + i * PER_PACK<T>);
+// Numbers [N] of a row from its i-th on.
+template <class T, int N>
+DEVICE void load_numbers(const Pack* row, int i, float (&x)[N]) {
+  UNROLL for (int j = 0; j < N; j += PER_PACK<T>) {
+    Numbers<T>::load(row[(i + j) / PER_PACK<T>], x + j);
   }
 }
 
-template <class T, int D>
-DEVICE void store_head(Pack* packs, const float (&x)[D]) {
-  UNROLL for (int i = 0; i < HEAD_PACKS<T, D>; ++i) {
-    packs[i] = Numbers<T>::store(x + i * PER_PACK<T>);
+template <class T, int N>
+DEVICE void store_numbers(Pack* row, int i, const float (&x)[N]) {
+  UNROLL for (int j = 0; j < N; j += PER_PACK<T>) {
+    row[(i + j) / PER_PACK<T>] = Numbers<T>::store(x + j);
   }
 }
 
@@ -56,42 +57,56 @@ DEVICE void stage_weights(const HeadRules& rules, float* weights) {
   }
 }
 
-// x = round(x / rms(x)) * weight; four sums side by side.
-template <class T, int D>
-DEVICE void normalise(float (&x)[D], const float* weight, float eps) {
-  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  UNROLL for (int i = 0; i < D; ++i) { sums[i % 4] += x[i] * x[i]; }
-  const float mean = (sums[0] + sums[1] + (sums[2] + sums[3])) * (1.0f / D);
-  const float rstd = inverse_sqrt(mean + eps);
-  UNROLL for (int i = 0; i < D; i += 4) {
-    float w[4];
-    Numbers<float>::load(*reinterpret_cast<const Pack*>(weight + i), w);
-    UNROLL for (int j = 0; j < 4; ++j) { x[i + j] = Numbers<T>::round(x[i + j] * rstd) * w[j]; }
-  }
-}
-
-// Turn the pairs (2i, 2i + 1) by the angles of one row of the tables.
-template <int D>
-DEVICE void rotate(float (&x)[D], const float* cos, const float* sin) {
-  UNROLL for (int i = 0; i < D; i += 4) {
+// Turn N / 2 pairs by their angles. Both columns of a pair are used, though they are equal: else
+// the compiler splits the loads to spare the second.
+template <int N>
+DEVICE void rotate(float (&x)[N], const float* cos, const float* sin) {
+  UNROLL for (int i = 0; i < N; i += 4) {
     float c[4], s[4];
-    Numbers<float>::load(*reinterpret_cast<const Pack*>(cos + i), c);
-    Numbers<float>::load(*reinterpret_cast<const Pack*>(sin + i), s);
+    Numbers<float>::load(load_constant(cos + i), c);
+    Numbers<float>::load(load_constant(sin + i), s);
     UNROLL for (int j = 0; j < 4; j += 2) {
       const float even = x[i + j], odd = x[i + j + 1];
       x[i + j] = even * c[j] - odd * s[j];
-      x[i + j + 1] = odd * c[j] + even * s[j];
+      x[i + j + 1] = odd * c[j + 1] + even * s[j + 1];
     }
   }
 }
 
-// Norm and rotation of a head at a position, as the rules say.
-template <class T, int D>
-DEVICE void prepare(float (&x)[D], const HeadRules& rules, const float* weight, int64_t position) {
+// Norm and rotation of a head in shared memory, pack by pack: store(i, x) receives the numbers of
+// pack i. Once around for the norm, once more for the rest: registers hold a pack, not a head.
+template <class T, int D, class Store>
+DEVICE void prepare(const Pack* head, const HeadRules& rules, const float* weight, int64_t position,
+                    Store store) {
+  constexpr int N = PER_PACK<T>;
   const float *cos = rules.cos + position * D, *sin = rules.sin + position * D;
-  if (rules.cos != nullptr && rules.legacy) rotate(x, cos, sin);
-  if (rules.q_weight != nullptr) normalise<T>(x, weight, rules.eps);
-  if (rules.cos != nullptr && !rules.legacy) rotate(x, cos, sin);
+  const bool first = rules.cos != nullptr && rules.legacy;
+  const bool last = rules.cos != nullptr && !rules.legacy;
+  float rstd = 1.0f;
+  if (rules.q_weight != nullptr) {
+    float sums[2] = {0.0f, 0.0f};
+    UNROLL_BY_3
+    for (int i = 0; i < HEAD_PACKS<T, D>; ++i) {
+      float x[N];
+      Numbers<T>::load(head[i], x);
+      if (first) rotate(x, cos + i * N, sin + i * N);
+      UNROLL for (int j = 0; j < N; ++j) { sums[j % 2] += x[j] * x[j]; }
+    }
+    rstd = inverse_sqrt((sums[0] + sums[1]) * (1.0f / D) + rules.eps);
+  }
+  UNROLL_BY_3
+  for (int i = 0; i < HEAD_PACKS<T, D>; ++i) {
+    float x[N];
+    Numbers<T>::load(head[i], x);
+    if (first) rotate(x, cos + i * N, sin + i * N);
+    if (rules.q_weight != nullptr) {
+      float w[N];
+      load_numbers<float>(reinterpret_cast<const Pack*>(weight + i * N), 0, w);
+      UNROLL for (int j = 0; j < N; ++j) { x[j] = Numbers<T>::round(x[j] * rstd) * w[j]; }
+    }
+    if (last) rotate(x, cos + i * N, sin + i * N);
+    store(i, x);
+  }
 }
 
 }  // namespace opensora

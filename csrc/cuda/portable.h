@@ -13,12 +13,14 @@
 #define DEVICE __device__ __forceinline__
 #define KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define UNROLL _Pragma("unroll")
+#define UNROLL_BY_3 _Pragma("unroll 3")
 #else
 #include "emulator.h"
 #define HOST_DEVICE inline
 #define DEVICE inline
 #define KERNEL(threads, blocks) void
 #define UNROLL
+#define UNROLL_BY_3
 #endif
 
 namespace opensora {
@@ -201,6 +203,15 @@ DEVICE Pack load_again(const Pack* place) {
   return pack;
 }
 
+// Read 16 bytes that no kernel writes by one load, which a compiler may otherwise split.
+DEVICE Pack load_constant(const void* place) {
+  Pack pack;
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(pack.words[0]), "=r"(pack.words[1]), "=r"(pack.words[2]), "=r"(pack.words[3])
+               : "l"(place));
+  return pack;
+}
+
 // Close a group of copies; wait until all but the last `LEFT` groups of this thread have arrived.
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -243,6 +254,8 @@ inline void copy_async(Pack* to, const Pack* from, bool there = true) {
 }
 
 inline Pack load_again(const Pack* place) { return *place; }
+
+inline Pack load_constant(const void* place) { return *static_cast<const Pack*>(place); }
 
 inline void commit() { emulator::commit(); }
 

@@ -73,10 +73,9 @@ run(QkNormRope a) {
     if (lane < tile.count) {
       const int token = token_of(tile, lane, a.H);
       const bool key = (tile.head + lane) % (2 * a.H) >= a.H;
-      float x[D];
-      load_head<T>(heads + lane * STRIDE, x);
-      prepare<T>(x, a.rules, weights + key * D, token / a.inner % a.positions);
-      store_head<T>(heads + lane * STRIDE, x);
+      Pack* own = heads + lane * STRIDE;
+      prepare<T, D>(own, a.rules, weights + key * D, token / a.inner % a.positions,
+                    [&](int k, const auto& x) { own[k] = Numbers<T>::store(x); });
     }
     __syncwarp();
     UNROLL for (int k = 0; k < PACKS; ++k) {
@@ -84,8 +83,7 @@ run(QkNormRope a) {
       if (head < tile.count) {
         a.out[place_of(tile, head, a.H) * PACKS + pack] = heads[head * STRIDE + pack];
       }
-    }
-    __syncwarp();
+    }  // the next copy writes to each place from the lane that read it
   }
   if (a.out == a.qkv) return;
   for (int64_t token = first; token < a.N; token += step) {

@@ -114,14 +114,6 @@ struct Rows {
   int step;  // packs from one frame to the next
 };
 
-// Numbers [N] of a row from its i-th on.
-template <class Kept, int N>
-DEVICE void load_numbers(const Pack* row, int i, float (&x)[N]) {
-  UNROLL for (int j = 0; j < N; j += PER_PACK<Kept>) {
-    Numbers<Kept>::load(row[(i + j) / PER_PACK<Kept>], x + j);
-  }
-}
-
 // o = softmax(scale q k') v, for one query q in shared memory, which leaves registers to o.
 template <class T, class Kept, int D>
 DEVICE void attend(const Pack* q, const Rows<Kept>& k, const Rows<Kept>& v, int frames, float scale,
@@ -193,26 +185,24 @@ run(TemporalAttention a) {
     const Task task = task_of(i, a.T);
     const int slot = slot_of(task.frame, 0, task.head, 1, a.group);
     Pack* key = rows + slot_of(task.frame, 1, task.head, 3, a.group) * STRIDE;
-    float x[D];
-    load_head<T>(key, x);
-    prepare<T>(x, a.rules, weights + D, task.frame);
-    if (WIDE) {
-      UNROLL for (int d = 0; d < D; ++d) { x[d] = Numbers<T>::round(x[d]); }
-      store_head<Kept>(keys + slot * KEPT, x);
-      load_head<T>(key + a.group * STRIDE, x);
-      store_head<Kept>(values + slot * KEPT, x);
-    } else {
-      store_head<T>(key, x);
-    }
+    prepare<T, D>(key, a.rules, weights + D, task.frame, [&](int n, auto& x) {
+      constexpr int N = PER_PACK<T>;
+      if (!WIDE) {
+        key[n] = Numbers<T>::store(x);
+        return;
+      }
+      UNROLL for (int j = 0; j < N; ++j) { x[j] = Numbers<T>::round(x[j]); }
+      store_numbers<Kept>(keys + slot * KEPT, n * N, x);
+      Numbers<T>::load(key[a.group * STRIDE + n], x);
+      store_numbers<Kept>(values + slot * KEPT, n * N, x);
+    });
   }
   __syncthreads();
   for (int i = threadIdx.x; i < tasks; i += blockDim.x) {
     const Task task = task_of(i, a.T);
     Pack* row = rows + slot_of(task.frame, 0, task.head, 3, a.group) * STRIDE;
-    float x[D];
-    load_head<T>(row, x);
-    prepare<T>(x, a.rules, weights, task.frame);
-    store_head<T>(row, x);
+    prepare<T, D>(row, a.rules, weights, task.frame,
+                  [&](int n, const auto& x) { row[n] = Numbers<T>::store(x); });
     Rows<Kept> k, v;
     if (WIDE) {
       k = {keys + task.head * KEPT, a.group * KEPT};
@@ -221,8 +211,11 @@ run(TemporalAttention a) {
       k = {rows + slot_of(0, 1, task.head, 3, a.group) * STRIDE, 3 * a.group * STRIDE};
       v = {rows + slot_of(0, 2, task.head, 3, a.group) * STRIDE, 3 * a.group * STRIDE};
     }
-    attend<T, Kept, D>(row, k, v, a.T, a.scale, x);
-    store_head<T>(row, x);  // where the query was, which no other lane reads
+    float o[D];
+    attend<T, Kept, D>(row, k, v, a.T, a.scale, o);
+    UNROLL for (int n = 0; n < PACKS; ++n) {  // where the query was, which no other lane reads
+      row[n] = Numbers<T>::store(o + n * PER_PACK<T>);
+    }
   }
   __syncthreads();
   for (int i = threadIdx.x; i < tasks * PACKS; i += blockDim.x) {
