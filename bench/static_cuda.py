@@ -47,11 +47,16 @@ def _readable(symbol: str) -> str:
     return re.sub(r"opensora::|void |\([^()]*\)$", "", name.strip())
 
 
+def load() -> dict[str, Any]:
+    """Read the baseline: {"nvcc": version, "kernels": {name: counts}}."""
+    baseline: dict[str, Any] = json.loads(BASELINE.read_text("utf-8"))
+    return baseline
+
+
 def compiler(library: Path = LIBRARY) -> str:
-    """Return the version of the ptxas that made the library's code: "13.0.88"."""
-    found = re.search(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)", library.read_bytes())
-    for cubin in cubins(library).values():
-        found = found or re.search(rb"release [\d.]+, V([\d.]+)", cubin)
+    """Return the version of ptxas that a library's code names: "13.0.88"."""
+    (cubin, *_) = cubins(library).values()
+    found = re.search(rb"V(\d+\.\d+\.\d+)", cubin)
     return "unknown" if found is None else found[1].decode()
 
 
@@ -65,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{LIBRARY.name} is not built: install nvcc (pip install '.[nvcc]') and build again")
         return 1
     found = count()
-    known = {} if args.update else json.loads(BASELINE.read_text("utf-8"))["kernels"]
+    baseline = {"nvcc": compiler(), "kernels": {}} if args.update else load()
+    if baseline["nvcc"] != compiler():
+        print(f"the baseline is of nvcc {baseline['nvcc']}, this is {compiler()}")
+        return 1
+    known = baseline["kernels"]
     bad = 0
     print(f"{'kernel':56}" + "".join(f"{name:>13}" for name in COLUMNS) + "  accesses")
     for title, counts in found.items():

@@ -121,7 +121,6 @@ class Launch:
         return Resources.of(usage, assembly, compiled.metadata.shared, macs, seconds)
 
 
-
 def record(launcher: Callable[[], object]) -> list[Launch]:
     """Call a function and return, in order, the Triton launches that it would have made.
 

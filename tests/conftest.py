@@ -1,7 +1,12 @@
-"""Build, once a session, a pipeline folder of untrained weights, smaller than the built-in one."""
+"""Build what tests share, once a session: an untrained pipeline, the emulated CUDA kernels."""
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,3 +81,42 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipe() -> OpenSoraPipeline:
     """A fresh pipeline that a test may break."""
     return build_pipeline()
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Callable[[int], None]:
+    """Load the CUDA kernels, compiled for the CPU; returns what chooses the order of threads."""
+    cmake = shutil.which("cmake") or str(Path(sys.executable).parent / "cmake")
+    if shutil.which("c++") is None or not Path(cmake).is_file():
+        pytest.skip("no C++ compiler or no CMake")
+    folder = ROOT / "build/emulated"
+    root = f"-DTORCH_ROOT={Path(torch.__file__).parent}"
+    for command in (
+        [cmake, "-S", ROOT, "-B", folder, root],
+        [cmake, "--build", folder, "--parallel", "--target", "_C_emulated"],
+    ):
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stdout + run.stderr
+    library = folder / "_C_emulated.abi3.so"
+    torch.ops.load_library(str(library))
+    return ctypes.CDLL(str(library)).opensora_emulator_order
+
+
+# Orders of csrc/cuda/emulator.h: lanes in turn, copies late; backwards, warps drift apart;
+# shuffled, warps drift apart, copies early.
+ORDERS = [0, 4, 11]
+
+
+@pytest.fixture(
+    params=[*ORDERS, *(["cuda"] if torch.cuda.is_available() else [])],
+    ids=lambda order: f"order {order}" if isinstance(order, int) else order,
+)
+def native_device(request: pytest.FixtureRequest) -> str:
+    """Return the device of the CUDA C++ kernels: the emulator, in one of its orders, or a GPU."""
+    if request.param == "cuda":
+        return "cuda"
+    request.getfixturevalue("emulator")(request.param)
+    return "cpu"

@@ -14,10 +14,13 @@ import torch
 
 import opensora.functional  # noqa: F401  defines the schemas
 
-SOURCES = sorted((Path(__file__).parents[1] / "csrc/cpu").glob("*.cpp"))
+CSRC = Path(__file__).parents[1] / "csrc"
+SOURCES = sorted([*CSRC.glob("cpu/*.cpp"), *CSRC.glob("cuda/*.cu")])
 ARGUMENTS = {
     "Tensor": "const Tensor&",
     "Optional[Tensor]": "const std::optional<Tensor>&",
+    "List[Tensor]": "std::vector<Tensor>",
+    "List[int]": "std::vector<int64_t>",
     "float": "double",
     "int": "int64_t",
     "bool": "bool",
@@ -26,7 +29,7 @@ ARGUMENTS = {
 
 def registered(source: str) -> dict[str, str]:
     """Return op -> C++ function, of everything that a file registers."""
-    return dict(re.findall(r'm\.impl\("(\w+)",\s*TORCH_BOX\(&(\w+)\)\)', source))
+    return dict(re.findall(r'm\.impl\("([\w.]+)",\s*TORCH_BOX\(&(\w+)\)\)', source))
 
 
 def signature(source: str, function: str) -> tuple[str, list[str]]:
@@ -41,7 +44,8 @@ def signature(source: str, function: str) -> tuple[str, list[str]]:
 
 def expected(op: str) -> tuple[str, list[str]]:
     """Return the C++ signature that a schema asks for."""
-    schema = getattr(torch.ops.opensora, op).default._schema
+    name, _, overload = op.partition(".")
+    schema = getattr(getattr(torch.ops.opensora, name), overload or "default")._schema
     returns = ["Tensor"] * len(schema.returns)
     result = "void" if not returns else returns[0]
     if len(returns) > 1:
@@ -49,7 +53,7 @@ def expected(op: str) -> tuple[str, list[str]]:
     return result, [ARGUMENTS[str(a.type)] for a in schema.arguments]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_cpp_takes_what_the_schema_says(path: Path) -> None:
     source = path.read_text("utf-8")
     assert registered(source)
@@ -58,18 +62,25 @@ def test_cpp_takes_what_the_schema_says(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stem", "right", "wrong"),
+    ("file", "right", "wrong"),
     [
-        ("layernorm_modulate", "double eps", "int64_t eps"),
-        ("cross_attention", "int64_t, bool text", "int64_t, int64_t text"),
-        ("qk_norm_rope", "int64_t position_dim, bool legacy", "bool legacy, int64_t position_dim"),
-        ("gate_residual", "const std::optional<Tensor>& select", "const Tensor& select"),
-        ("spatial_attention", "const Tensor&, double eps", "double eps"),
-        ("groupnorm_silu", "std::tuple<Tensor, Tensor> forward", "Tensor forward"),
+        ("layernorm_modulate.cpp", "double eps", "int64_t eps"),
+        ("cross_attention.cpp", "int64_t, bool text", "int64_t, int64_t text"),
+        (
+            "qk_norm_rope.cpp",
+            "int64_t position_dim, bool legacy",
+            "bool legacy, int64_t position_dim",
+        ),
+        ("gate_residual.cpp", "const std::optional<Tensor>& select", "const Tensor& select"),
+        ("spatial_attention.cpp", "const Tensor&, double eps", "double eps"),
+        ("groupnorm_silu.cpp", "std::tuple<Tensor, Tensor> forward", "Tensor forward"),
+        ("temporal_attention.cu", "double eps) {", "int64_t eps) {"),
+        ("causal_conv3d.cu", "std::vector<int64_t> stride) {", "std::vector<Tensor> stride) {"),
+        ("causal_conv3d.cu", "int64_t groups, double eps", "double groups, double eps"),
     ],
 )
-def test_a_planted_mismatch_is_seen(stem: str, right: str, wrong: str) -> None:
-    (path,) = (p for p in SOURCES if p.stem == stem)
+def test_a_planted_mismatch_is_seen(file: str, right: str, wrong: str) -> None:
+    (path,) = (p for p in SOURCES if p.name == file)
     text = re.sub(r"\n +(?=const|int64_t|bool|double|std)", " ", path.read_text("utf-8"))
     assert right in text
     for planted in (False, True):

@@ -385,8 +385,6 @@ KERNEL(JOINERS, 1) run_join(JoinMoments a) {
 namespace opensora {
 namespace {
 
-using Norm = std::vector<Tensor>;
-
 bool is_channels_last(const Tensor& x) {
   int64_t stride = 1;
   for (const int64_t axis : {1, 4, 3, 2, 0}) {
@@ -405,7 +403,7 @@ const void* packs(const Tensor& t, const Tensor& x, int64_t numel) {
 }
 
 CausalConv3d arguments(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                       const std::optional<Tensor>& residual, const Norm& norm,
+                       const std::optional<Tensor>& residual, const std::vector<Tensor>& norm,
                        const std::vector<int64_t>& stride) {
   CausalConv3d a{};
   STD_TORCH_CHECK(x.dim() == 5 && weight.dim() == 5 && x.scalar_type() != ScalarType::Float,
@@ -452,7 +450,7 @@ void start(const OnDevice& device, const Tensor& x, const CausalConv3d& a) {
 }
 
 Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-               const std::optional<Tensor>& residual, Norm norm, std::vector<int64_t> stride) {
+               const std::optional<Tensor>& residual, std::vector<Tensor> norm, std::vector<int64_t> stride) {
   CausalConv3d a = arguments(x, weight, bias, residual, norm, stride);
   Tensor y = empty_output(a, x);
   if (y.numel() == 0) return y;
@@ -463,7 +461,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
 
 std::tuple<Tensor, Tensor> with_statistics(const Tensor& x, const Tensor& weight,
                                            const std::optional<Tensor>& bias,
-                                           const std::optional<Tensor>& residual, Norm norm,
+                                           const std::optional<Tensor>& residual, std::vector<Tensor> norm,
                                            std::vector<int64_t> stride, int64_t groups,
                                            double eps) {
   namespace op = causal_conv3d;

@@ -153,9 +153,7 @@ _forward = Op(
 
 def _fake_with_statistics(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     *_, stride, groups, _ = others
-    return _fake_forward(x, weight, stride), x.new_empty(
-        x.shape[0], groups, 2, dtype=torch.float32
-    )
+    return _fake_forward(x, weight, stride), x.new_empty(x.shape[0], groups, 2, dtype=torch.float32)
 
 
 # The forward, and mean_rstd [B, groups, 2] of its result, which the next norm takes; only csrc/cuda

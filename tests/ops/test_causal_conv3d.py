@@ -646,3 +646,72 @@ def test_padding_takes_no_memory() -> None:
 
 def test_triton_in_the_interpreter() -> None:
     testing.run_interpreted(__file__, "Triton-interpreted")
+
+
+native = torch.ops.opensora.causal_conv3d_forward.native
+native_with_statistics = torch.ops.opensora.causal_conv3d_with_statistics
+# Pixels left over in every direction, channels left over, more blocks of channels than one; each
+# axis of the kernel alone; an image.
+NATIVE_CASES: list[Shape] = [
+    ((1, 32, 2, 9, 17), (128, 3, 3, 3), (1, 1, 1)),
+    ((2, 64, 3, 5, 6), (136, 3, 3, 3), (1, 1, 1)),
+    ((1, 32, 1, 17, 34), (32, 1, 3, 3), (1, 1, 1)),
+    ((1, 96, 2, 3, 3), (64, 1, 1, 1), (1, 1, 1)),
+    ((2, 32, 5, 8, 16), (264, 3, 1, 1), (1, 1, 1)),
+    ((1, 32, 1, 1, 20), (8, 1, 1, 3), (1, 1, 1)),
+]
+
+
+def native_arguments(shape: Shape, dtype: torch.dtype, device: str, normed: bool) -> Args:
+    args = [*arguments(shape, dtype, device, normed)]
+    args[1] = channels_last(args[1])
+    args[:5] = [[t.detach() for t in a] if isinstance(a, tuple) else a.detach() for a in args[:5]]
+    return args
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("shape", NATIVE_CASES, ids=str)
+def test_native_matches_reference(
+    native_device: str, shape: Shape, normed: bool, dtype: torch.dtype
+) -> None:
+    args = native_arguments(shape, dtype, native_device, normed)
+    if not normed:
+        args[2:4] = None, None
+    y = native(*args)
+    assert channels_last(y) is y
+    true = [[t.double() for t in a] if isinstance(a, list) and a and i == 4 else a
+            for i, a in enumerate(double(args))]  # fmt: skip
+    assert_as_exact_as(op.reference(*args), y, op.reference(*true))
+    groups = args[1].shape[0] // 8
+    again, found = native_with_statistics(*args, groups, 1e-6)
+    assert torch.equal(again, y)
+    truth = statistics(y.double(), groups)
+    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+def test_native_statistics_keep_a_large_mean(native_device: str) -> None:
+    args = native_arguments(NATIVE_CASES[0], torch.bfloat16, native_device, False)
+    args[2] = torch.full_like(args[2], 1000.0)  # bfloat16 holds steps of 4 there
+    y, found = native_with_statistics(*args, 16, 1e-6)
+    truth = statistics(y.double(), 16)
+    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=0)
+
+
+def test_native_takes_nothing_it_would_read_wrong(native_device: str) -> None:
+    args = native_arguments(NATIVE_CASES[1], torch.bfloat16, native_device, True)
+    x, weight, bias, residual, norm, _ = args
+    wrong = {
+        0: [x.float(), x.contiguous(), x[:, :, 0], x[:, :24]],
+        1: [weight.half(), weight.contiguous(), weight[:, :, :2]],
+        2: [bias[:8], bias.float()],
+        3: [residual.contiguous(), residual[:, :8]],
+        4: [norm[:2], [norm[0].double(), *norm[1:]], [norm[0][:1], *norm[1:]]],
+        5: [[1, 2, 2]],
+    }
+    for i, values in wrong.items():
+        for value in values:
+            with pytest.raises(RuntimeError, match="must"):
+                native(*args[:i], value, *args[i + 1 :])
+    with pytest.raises(RuntimeError, match="multiple of 4 channels"):
+        native_with_statistics(*args, 68, 1e-6)

@@ -452,3 +452,53 @@ def test_int64_offsets(implementation: Implementation, monkeypatch: pytest.Monke
 
 def test_triton_in_the_interpreter() -> None:
     testing.run_interpreted(__file__, "Triton-interpreted")
+
+
+NATIVE = [torch.float32, torch.bfloat16, torch.float16]
+native = torch.ops.opensora.qk_norm_rope_forward.native
+native_inplace = torch.ops.opensora.qk_norm_rope_inplace.native
+
+
+@pytest.mark.parametrize("dtype", NATIVE, ids=str)
+@pytest.mark.parametrize("mode", [*MODES, "neither"])
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [
+        ((1, 5, 3, 16, 72), -4),
+        ((2, 2, 3, 3, 5, 72), -5),
+        ((2, 3, 7, 3, 1, 64), -6),
+        ((1, 40, 3, 16, 64), -4),
+    ],
+    ids=str,
+)
+def test_native_matches_reference(
+    native_device: str, shape: tuple[int, ...], dim: int, mode: str, dtype: torch.dtype
+) -> None:
+    args = arguments(shape, dim, dtype, "norm" if mode == "neither" else mode, native_device)
+    args[0] = args[0].detach()
+    if mode == "neither":
+        args[1:3] = None, None
+    tables = [None if t is None else t.float() for t in args[3:5]]
+    y = native(args[0], *args[1:3], *tables, *args[5:])
+    assert_forward(args, y)
+    assert torch.equal(y.select(-3, 2), args[0].select(-3, 2))
+    native_inplace(args[0], *args[1:3], *tables, *args[5:])
+    assert torch.equal(args[0], y)
+
+
+def test_native_takes_nothing_it_would_read_wrong(native_device: str) -> None:
+    args = arguments((1, 5, 3, 16, 72), -4, torch.bfloat16, "both", native_device, torch.float32)
+    wrong = {
+        0: [args[0][..., :40].contiguous(), args[0].double(), args[0].transpose(1, 3)],
+        1: [None, args[1][:40], args[1].bfloat16()],
+        3: [None, args[3].bfloat16(), args[3][:2]],
+        5: [-3],
+    }
+    shifted = torch.empty(args[0].numel() + 1, dtype=torch.bfloat16, device=native_device)[1:]
+    wrong[0].append(shifted.view(args[0].shape))
+    for i, values in wrong.items():
+        for value in values:
+            with pytest.raises(RuntimeError, match=r"must|come together"):
+                native(*args[:i], value, *args[i + 1 :])
+    empty = args[0].detach()[:, :0]
+    assert native(empty, *args[1:3], *(t[:0] for t in args[3:5]), *args[5:]).shape == empty.shape

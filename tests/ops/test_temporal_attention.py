@@ -373,3 +373,69 @@ def test_int64_offsets(implementation: Implementation, monkeypatch: pytest.Monke
 
 def test_triton_in_the_interpreter() -> None:
     testing.run_interpreted(__file__, "Triton-interpreted")
+
+
+native = torch.ops.opensora.temporal_attention_forward.native
+
+
+# One pack of frames, few, what keeps keys in float32, what does not, and more queries than lanes.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "mode"),
+    [
+        ((1, 1, 3, 16, 72), "both"),
+        ((2, 5, 2, 6, 72), "both"),
+        ((1, 15, 3, 16, 72), "both"),
+        ((2, 16, 2, 3, 64), "norm"),
+        ((1, 17, 2, 4, 72), "rotary"),
+        ((1, 60, 2, 2, 72), "both"),
+        ((1, 97, 1, 2, 64), "neither"),
+        ((1, 170, 1, 1, 72), "both"),
+        ((1, 256, 1, 1, 64), "both"),
+    ],
+    ids=str,
+)
+def test_native_matches_reference(
+    native_device: str, shape: tuple[int, ...], mode: str, dtype: torch.dtype
+) -> None:
+    args = arguments(shape, dtype, mode, native_device)
+    if mode in ("both", "rotary"):
+        args[3:5] = (t.float() for t in args[3:5])
+    if dtype == torch.float32 and shape[1] == 256:
+        with pytest.raises(RuntimeError, match="256 frames need"):
+            native(*args)
+        return
+    with torch.no_grad():
+        y = native(*args)
+    assert_as_exact_as(op.reference(*args).to(dtype), y, op.reference(*double(args)))
+
+
+def test_native_reads_strides_and_extremes(native_device: str) -> None:
+    args = arguments((2, 5, 7, 4, 72), torch.bfloat16, "neither", native_device)
+    with torch.no_grad():
+        window = args[0][:, 1:4, 2:5]
+        y = native(window, *args[1:])
+        assert torch.equal(y, native(window.contiguous(), *args[1:]))
+        large = args[0].detach() * 100  # one key takes all
+        exact = op.reference(*double([large, *args[1:]]))
+        assert_as_exact_as(op.reference(large, *args[1:]), native(large, *args[1:]), exact)
+        large[0, 1, 0, 1] = float("inf")
+        found = native(large, *args[1:])
+        assert found[0, :, 0].isnan().all()
+        assert found[1].isfinite().all()
+
+
+def test_native_takes_nothing_it_would_read_wrong(native_device: str) -> None:
+    args = arguments((1, 5, 2, 2, 72), torch.bfloat16, "both", native_device, torch.float32)
+    wrong = {
+        0: [args[0][0], args[0][..., :40].contiguous(), args[0].transpose(-2, -1)],
+        1: [None, args[1][:40]],
+        3: [None, args[3].bfloat16(), args[3][:2]],
+    }
+    shifted = torch.empty(args[0].numel() + 1, dtype=torch.bfloat16, device=native_device)[1:]
+    wrong[0].append(shifted.view(args[0].shape))
+    for i, values in wrong.items():
+        for value in values:
+            with pytest.raises(RuntimeError, match=r"must|come together"):
+                native(*args[:i], value, *args[i + 1 :])
+    assert native(args[0].detach()[:, :, :0], *args[1:]).shape == (1, 5, 0, 144)
