@@ -193,7 +193,7 @@ def disassemble(cubin: bytes) -> dict[str, Resources]:
 def cubins(library: Path) -> dict[str, bytes]:
     """Extract the cubins of a compiled library; keys end in their architecture."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [_tools() / "cuobjdump", "-xelf", "all", library.resolve()]
+        command = [str(_tools() / "cuobjdump"), "-xelf", "all", str(library.resolve())]
         subprocess.run(command, cwd=folder, capture_output=True, check=True)
         return {path.stem: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
