@@ -61,7 +61,7 @@ gpu:
 	@$(PYTHON) -m bench.gpu $(ARGS)
 
 clean:
-	rm -rf .venv build dist samples opensora.egg-info opensora/_C.abi3.so
+	rm -rf .venv build dist samples opensora.egg-info opensora/_C.abi3.so opensora/_build.json
 
 help:
 	@echo 'make demo [PROMPT="a blue star falling"] [ARGS="--seed 1"]   clip under samples/'

@@ -8,6 +8,7 @@ OPENSORA_BUILD=off      never build them; the PyTorch references serve
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -112,7 +113,8 @@ class BuildKernels(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             if BUILD == "require":
                 raise
-            return skipped(f"the build failed ({error}); its output is above")
+            print(f"opensora: {error}", file=sys.stderr)
+            return skipped("the build failed (pip install -v shows its output)", target.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         # Replaced, not overwritten: a running process may have the old library mapped.
         staged = target.with_suffix(".new")
@@ -126,21 +128,46 @@ class BuildKernels(build_ext):
 
 
 class BuildPython(build_py):
-    """Say once, in the build's output, that the compiled kernels are left out."""
+    """Copy the modules, and with them what was built and which GPU kernels are verified."""
 
     def run(self) -> None:
-        """Copy the modules."""
-        if REASON:
-            skipped(REASON)
+        """Say once, in the build's output, that the compiled kernels are left out."""
         super().run()
+        if self.editable_mode:
+            package = ROOT / "opensora"
+        else:
+            package = Path(self.build_lib) / "opensora"
+            write(package / "verified.json", verified())
+        if REASON:
+            skipped(REASON, package)
+        else:
+            write(package / "_build.json", {"skipped": None})
 
 
-def skipped(reason: str) -> None:
-    """Print what is left out, why, and what serves instead."""
+def skipped(reason: str, package: Path) -> None:
+    """Print what is left out, why, and what serves instead; note it for `opensora doctor`."""
     print(
         f"opensora: compiled CPU kernels skipped: {reason}. PyTorch references serve.",
         file=sys.stderr,
     )
+    write(package / "_build.json", {"skipped": reason})
+
+
+def verified() -> dict[str, object]:
+    """Return, by GPU, which kernels passed every case of `make gpu` (opensora/verified.py)."""
+    found = {}
+    for path in sorted((ROOT / "bench/baselines").glob("*.json")):
+        try:
+            found[path.stem] = json.loads(path.read_text("utf-8"))["verified"]
+        except (ValueError, KeyError, TypeError):
+            continue  # of a CPU, or spoilt: then it vouches for nothing
+    return found
+
+
+def write(path: Path, value: object) -> None:
+    """Write a JSON file into the package."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 REASON = missing()

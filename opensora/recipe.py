@@ -60,12 +60,18 @@ def describe_device(device: torch.device) -> str:
 
 
 def describe_kernels(device: torch.device) -> dict[str, str]:
-    """Return op -> what serves it on the device: "C++", "Triton" or "PyTorch reference"."""
+    """Return op -> what serves it on the device: "C++", "Triton" or "PyTorch reference".
+
+    The reference also where this process found a kernel wrong (`opensora/trust.py`).
+    """
     import opensora.functional  # noqa: F401  (defines the ops)
+    from opensora import trust
     from opensora.ops import _library
 
+    failed = trust.failures(device)
     return {
-        op.name.removesuffix("_forward"): op.kernel(device.type) or "PyTorch reference"
+        op.name.removesuffix("_forward"): (op.family not in failed and op.kernel(device.type))
+        or "PyTorch reference"
         for op in _library.registry
         if not op.name.endswith("_backward")
     }

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from bench import cases, gpu, plot
+from opensora import verified
 from opensora.testing import randn
+from opensora.verified import Kernel
 
 
 def arguments(dtype: torch.dtype, device: str, seed: int) -> cases.Arguments:
@@ -68,6 +70,27 @@ def test_the_gpu_command_fails_on_a_wrong_kernel(
     only(monkeypatch, wrong=cases.Case(arguments, lose_the_last_row, double_it))
     assert gpu.main(["--no-tests"]) == 1
     assert "WRONG: error" in capsys.readouterr().out
+
+
+def test_a_gpu_run_vouches_for_ops_whose_cases_all_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verified, "architecture", lambda _: "sm_test")
+    good = cases.Case(arguments, double_it, double_it)
+    wrong = cases.Case(arguments, lose_the_last_row, double_it)
+    listed = [
+        ("gate_residual a", good, torch.float32),
+        ("gate_residual b", good, torch.bfloat16),
+        ("patchify a", good, torch.float32),
+        ("patchify b", wrong, torch.float32),
+        ("double it", good, torch.float32),
+    ]
+    entries = [gpu.verify(title, case, dtype, "cpu") for title, case, dtype in listed]
+    found = gpu.vouch(entries, passed=True)
+    assert found.keys() == {"gate_residual", "patchify"}
+    version = found["gate_residual"]["version"]
+    expected = {Kernel("gate_residual", "sm_test", d, version) for d in ("float32", "bfloat16")}
+    assert set(verified._passed(found)) == expected
+    assert version == verified.triton_version("gate_residual")
+    assert set(verified._passed(gpu.vouch(entries, passed=False))) == set()
 
 
 def test_a_kernel_that_cannot_run_costs_only_its_own_figures(

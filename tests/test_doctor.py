@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from opensora import __main__ as program
-from opensora import _extension, doctor
+from opensora import _extension, doctor, verified
 from opensora.ops import _library
 from opensora.ops import layernorm_modulate as op
 from opensora.recipe import describe_kernels
@@ -20,7 +22,7 @@ def test_it_checks_every_op_that_has_a_kernel() -> None:
     listed = describe_kernels(CPU)
     assert set(doctor.CHECKS) <= set(listed)
     unchecked = set(listed) - set(doctor.CHECKS)
-    assert unchecked == {"qk_norm_rope_inplace", "cfg_rflow_step"}
+    assert unchecked == {"qk_norm_rope_inplace"}  # a part of qk_norm_rope's check
 
 
 @pytest.mark.skipif(_extension.path is None, reason="nothing is compiled")
@@ -67,6 +69,30 @@ def test_it_says_how_to_get_kernels(
     printed = capsys.readouterr().out
     assert "the PyTorch reference serves" in printed
     assert "pip install --no-build-isolation" in printed
+
+
+@pytest.mark.parametrize(
+    ("note", "said", "status"),
+    [
+        ({"skipped": "no CMake was found"}, "none: when this was installed, no CMake was found", 0),
+        ({"skipped": None}, "WRONG  they were built, but", 1),
+        ("spoilt", "none: nothing was built", 0),
+    ],
+)
+def test_it_says_why_nothing_is_compiled(
+    note: Any,
+    said: str,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "_build.json").write_text(json.dumps(note))
+    monkeypatch.setattr(verified, "PACKAGE", tmp_path)
+    monkeypatch.setattr(_extension, "path", None)
+    monkeypatch.setattr(doctor, "_examine", lambda _: 0)
+    assert program.main(["doctor"]) == status
+    assert f"compiled kernels: {said}" in capsys.readouterr().out
 
 
 def test_it_takes_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,9 @@
 An `Op` owns one schema of the `opensora` library. Its implementations come from three places:
 the compiled library registers CPU kernels for it (`csrc/cpu/`), Triton launchers are imported on
 the first CUDA call (`kernels/`), and where neither serves, the op's file calls its PyTorch
-reference directly, so that autograd and Inductor see plain tensor operations.
+reference directly, so that autograd and Inductor see plain tensor operations. A GPU kernel serves
+once it is trusted (`opensora/trust.py`); one that fails its check gives its place in the dispatcher
+to the reference.
 
 define/impl with a `torch.autograd.Function` costs 2.5 us a call without gradients; `custom_op`
 with `register_autograd` costs 14.5 us (torch 2.13, CPU). One transformer forward makes hundreds.
@@ -12,7 +14,9 @@ with `register_autograd` costs 14.5 us (torch 2.13, CPU). One transformer forwar
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
@@ -20,6 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from opensora import trust, verified
 from opensora.errors import UsageError
 
 Mode = Literal["auto", "reference", "require"]
@@ -61,7 +66,12 @@ class Op:
         schema: `name(arguments) -> returns` in torch's schema language.
         fake: Returns empty tensors of the op's output shapes, dtypes and layouts.
         dtypes: Device type -> dtypes that the kernel of that device accepts.
+        reference: The op in plain PyTorch, with the schema's arguments and the fake's layouts: what
+            serves where a GPU kernel is not trusted.
         cuda: `module:function` of the Triton launcher, imported on its first call.
+        version: Returns what tells this build of the CUDA kernel from every other; None: the hash
+            of its Triton source.
+        decides: The argument whose dtype a kernel is trusted for; by default the first tensor.
         onednn: The op on a CPU by calls of oneDNN, where torch was built with it.
         native: Whether `csrc/cuda` has a kernel as well; it serves as the overload `native`.
     """
@@ -72,19 +82,26 @@ class Op:
         *,
         fake: Callable[..., Any],
         dtypes: _DTYPES,
+        reference: Callable[..., Any],
         cuda: str | None = None,
+        version: Callable[[], str] | None = None,
+        decides: str | None = None,
         onednn: Callable[..., Any] | None = None,
         native: bool = False,
     ) -> None:
         self.name = schema.partition("(")[0]
         self.dtypes = dtypes
+        self.reference = reference
         define(schema, fake)
         if native:
             define(schema.replace("(", ".native(", 1), fake)
-        self.launcher = None if cuda is None else _imported_on_first_call(cuda)
-        if self.launcher is not None:
-            _LIBRARY.impl(self.name, self.launcher, "CUDA")
         self.overload = getattr(torch.ops.opensora, self.name).default
+        self.launcher = None if cuda is None else _imported_on_first_call(cuda)
+        self.family = (cuda or "").partition(":")[0].rpartition(".")[2]
+        self._decides = decides
+        self.version = version or partial(verified.triton_version, self.family)
+        if cuda is not None:
+            _LIBRARY.impl(self.name, self.guard(), "CUDA")
         self._call = self.overload
         # Found now, not on the first call: that one may be traced, and Dynamo cannot look it up.
         self._kernels: dict[str, str] = {}
@@ -110,6 +127,59 @@ class Op:
         call = self.overload if torch.compiler.is_compiling() else self.launcher
         return call(*args)
 
+    def guard(self) -> Callable[..., Any]:
+        """Return what the dispatcher calls: the launcher where it is trusted, or the reference.
+
+        `trust.judge` is asked once for a device and a dtype; after that the question costs 0.13 us.
+        """
+        arguments = self.overload._schema.arguments
+        tensors = [argument.name for argument in arguments if str(argument.type) == "Tensor"]
+        position = [argument.name for argument in arguments].index(self._decides or tensors[0])
+        chosen: dict[int, dict[torch.dtype, Callable[..., Any]]] = defaultdict(dict)
+
+        def call(*args: Any) -> Any:
+            x = args[position]
+            try:
+                run = chosen[x.get_device()][x.dtype]
+            except KeyError:
+                run, is_final = self._choose(x)
+                if is_final:
+                    chosen[x.get_device()][x.dtype] = run
+            return run(*args)
+
+        return call
+
+    def _choose(self, x: Tensor) -> tuple[Callable[..., Any], bool]:
+        """Return what serves tensors like `x`, and whether it will for the rest of the process."""
+        assert self.launcher is not None
+        if trust.is_suspended():
+            return self.launcher, False
+        if x.dtype not in self.dtypes.get(x.device.type, ()):  # a direct call: nothing claims it
+            return self._refer, True
+        verdict = trust.judge(self.family, self.version, x.device, x.dtype)
+        if verdict.problem is None:
+            return self.launcher, True
+        return partial(self._replace, verdict.problem), verdict.is_final
+
+    def _replace(self, problem: str, *args: Any) -> Any:
+        """Run the reference instead of a kernel that is not trusted.
+
+        Raises:
+            NotImplementedError: Kernels are required.
+        """
+        if trust.is_suspended() and self.launcher is not None:
+            return self.launcher(*args)
+        if mode == "require":
+            raise NotImplementedError(
+                f"{self.name}: kernels are required, but this one is not trusted: {problem}. Set "
+                "OPENSORA_KERNELS=auto to let the PyTorch reference serve."
+            )
+        return self._refer(*args)
+
+    def _refer(self, *args: Any) -> Any:
+        with torch.no_grad():  # as a kernel: autograd is the business of the op's Function
+            return self.reference(*args)
+
     def kernel(self, device_type: str) -> str | None:
         """Return the language of the kernel that serves a device type; None if there is none."""
         return self._kernels.get(device_type)
@@ -120,7 +190,7 @@ class Op:
         Raises:
             NotImplementedError: Kernels are required and none takes `x`.
         """
-        if mode == "reference":
+        if mode == "reference" and not trust.is_checking():
             return False
         device_type = x.device.type
         # Compiled, C++ and Triton stay opaque ops: they are the fusions, and faster than
@@ -131,7 +201,7 @@ class Op:
         dtypes = self.dtypes.get(device_type, ())
         if x.dtype in dtypes and self.kernel(device_type) is not None:
             return True
-        if mode == "require":
+        if mode == "require" and not trust.is_checking():  # a check needs the reference too
             raise NotImplementedError(
                 f"{self.name}: no kernel for {x.dtype} on {device_type!r}, and kernels are "
                 f"required. Kernels here: {self.describe()}. Set OPENSORA_KERNELS=auto to let "
@@ -151,10 +221,16 @@ class Op:
 
 def _imported_on_first_call(target: str) -> Callable[..., Any]:
     """Return a function that imports `module:function` when called, so that importing is cheap."""
-    module, _, function = target.partition(":")
+    module, _, name = target.partition(":")
+    found: Callable[..., Any] | None = None
 
     def call(*args: Any) -> Any:
-        return getattr(import_module(module), function)(*args)
+        nonlocal found
+        if (
+            found is None
+        ):  # asked here: `import_module` costs 0.6 us even where it has nothing to do
+            found = getattr(import_module(module), name)
+        return found(*args)
 
     return call
 

@@ -49,6 +49,11 @@ def reference(
     return y if residual is None else residual + y
 
 
+def _reference_forward(*args: Any) -> Tensor:
+    """Compute what `_forward` returns, in its layout."""
+    return channels_last(reference(*args))
+
+
 def normalise(x: Tensor, mean_rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Apply GroupNorm, whose statistics are given, and SiLU in float32; round once."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -145,6 +150,7 @@ _forward = Op(
     "Tensor[] norm, int[3] stride) -> Tensor",
     fake=_fake_forward,
     dtypes=DTYPES,
+    reference=_reference_forward,
     cuda="opensora.kernels.causal_conv3d:forward",
     onednn=_onednn,
     native=True,

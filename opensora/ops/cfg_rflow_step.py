@@ -48,6 +48,21 @@ def reference(
     return torch.cat([y] * copies) if copies > 1 else y
 
 
+def _reference_forward(
+    z: Tensor,
+    velocity: Tensor,
+    guidance: Tensor | None,
+    scale: float,
+    dt: Tensor,
+    mask: Tensor | None,
+    copies: int,
+) -> Tensor:
+    """Compute what `_forward` returns."""
+    chosen = scale if guidance is None else guidance
+    is_guided = velocity.shape[0] != z.shape[0]
+    return reference(z, velocity, chosen if is_guided else None, dt, mask, copies)
+
+
 def _fake_forward(
     z: Tensor, velocity: Tensor, guidance: Any, scale: Any, dt: Any, mask: Any, copies: int
 ) -> Tensor:
@@ -61,6 +76,7 @@ _forward = Op(
     "Tensor? mask, int copies) -> Tensor",
     fake=_fake_forward,
     dtypes=DTYPES,
+    reference=_reference_forward,
     cuda="opensora.kernels.cfg_rflow_step:forward",
 )
 

@@ -72,6 +72,24 @@ def _padded(kv: Tensor, rows: Tensor) -> Tensor:
     return F.pad(kv, (0, 0, 0, 0, 0, 0, 0, 1))[rows]
 
 
+def _reference_forward(
+    q: Tensor, kv: Tensor, starts: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute what `_forward` returns, its lse as NaN: `_reference_backward` needs none.
+
+    Every text is padded to all rows of kv, for the longest is known on the device alone.
+    """
+    _, lse = _fake_forward(q)
+    return reference(q, kv, starts, lengths, max(len(kv), 1)), lse.fill_(torch.nan)
+
+
+def _reference_backward(grad: Tensor, q: Tensor, kv: Tensor, *others: Any) -> Any:
+    """Compute what `_backward` returns, without y and lse."""
+    starts, lengths, _, _, longest, text = others
+    dq, dkv = reference_backward(grad, q, kv, starts, lengths, longest)
+    return dq, dkv if text else dkv.new_empty(0)
+
+
 def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, width = q.shape
     y = q.new_empty(batch, tokens, heads * width)
@@ -90,6 +108,7 @@ _forward = Op(
     "-> (Tensor y, Tensor lse)",
     fake=_fake_forward,
     dtypes=DTYPES,
+    reference=_reference_forward,
     cuda="opensora.kernels.cross_attention:forward",
 )
 
@@ -99,6 +118,7 @@ _backward = Op(
     "Tensor y, Tensor lse, SymInt longest, bool text) -> (Tensor dq, Tensor dkv)",
     fake=_fake_backward,
     dtypes=DTYPES,
+    reference=_reference_backward,
     cuda="opensora.kernels.cross_attention:backward",
 )
 

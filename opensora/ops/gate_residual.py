@@ -60,6 +60,7 @@ _forward = Op(
     "-> Tensor",
     fake=_fake_forward,
     dtypes=DTYPES,
+    reference=reference,
     cuda="opensora.kernels.gate_residual:forward",
 )
 
@@ -69,6 +70,7 @@ _backward = Op(
     "-> (Tensor dy, Tensor dgate)",
     fake=_fake_backward,
     dtypes=DTYPES,
+    reference=reference_backward,
     cuda="opensora.kernels.gate_residual:backward",
 )
 

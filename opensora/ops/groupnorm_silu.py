@@ -65,6 +65,22 @@ def reference_backward(
     return (dx * rstd).view(x.shape).to(x.dtype), sums[0].to(x.dtype), sums[1].to(x.dtype)
 
 
+def _reference_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute what `_forward` returns."""
+    grouped = x.float().reshape(x.shape[0], num_groups, -1)
+    variance, mean = torch.var_mean(grouped, -1, correction=0)
+    statistics = torch.stack((mean, torch.rsqrt(variance + eps)), -1)
+    return reference(x, weight, bias, num_groups, eps, silu), statistics
+
+
+def _reference_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what `_backward` returns, in its layout."""
+    dx, dweight, dbias = reference_backward(grad, x, *args)
+    return torch.empty_like(x).copy_(dx), dweight, dbias
+
+
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, *_: Any) -> Any:
     statistics = x.new_empty(x.shape[0], num_groups, 2, dtype=torch.float32)
     return torch.empty_like(x), statistics
@@ -80,6 +96,7 @@ _forward = Op(
     "bool silu) -> (Tensor y, Tensor mean_rstd)",
     fake=_fake_forward,
     dtypes=DTYPES,
+    reference=_reference_forward,
     cuda="opensora.kernels.groupnorm_silu:forward",
 )
 
@@ -88,6 +105,7 @@ _backward = Op(
     "Tensor mean_rstd, bool silu) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     fake=_fake_backward,
     dtypes=DTYPES,
+    reference=_reference_backward,
     cuda="opensora.kernels.groupnorm_silu:backward",
 )
 

@@ -67,6 +67,7 @@ _forward = Op(
     "Tensor? shift0, Tensor? scale0, float eps) -> Tensor",
     fake=_fake_forward,
     dtypes=DTYPES,
+    reference=reference,
     cuda="opensora.kernels.layernorm_modulate:forward",
 )
 
@@ -76,6 +77,7 @@ _backward = Op(
     "Tensor? scale0, float eps) -> (Tensor dx, Tensor dmodulation)",
     fake=_fake_backward,
     dtypes=DTYPES,
+    reference=reference_backward,
     cuda="opensora.kernels.layernorm_modulate:backward",
 )
 

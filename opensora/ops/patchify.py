@@ -93,13 +93,16 @@ _forward = Op(
     "patchify_forward(Tensor x, Tensor weight, Tensor bias, Tensor positions) -> Tensor",
     fake=_fake_forward,
     dtypes=DTYPES,
+    reference=reference,
     cuda="opensora.kernels.patchify:forward",
+    decides="weight",
 )
 
 _backward = Op(
     "patchify_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor dweight, Tensor dbias)",
     fake=_fake_backward,
     dtypes=DTYPES,
+    reference=reference_backward,
     cuda="opensora.kernels.patchify:backward",
 )
 
@@ -108,6 +111,7 @@ _input_backward = Op(
     "patchify_input_backward(Tensor grad, Tensor x, Tensor weight) -> Tensor",
     fake=_fake_input_backward,
     dtypes=DTYPES,
+    reference=reference_input_backward,
     cuda="opensora.kernels.patchify:input_backward",
 )
 

@@ -44,6 +44,10 @@ def reference(
     return torch.stack((q, k, v), dim=-3)
 
 
+def _reference_inplace(qkv: Tensor, *args: Any) -> None:
+    qkv.copy_(reference(qkv, *args))
+
+
 def reference_backward(
     grad: Tensor,
     qkv: Tensor,
@@ -92,6 +96,7 @@ _forward = Op(
     f"qk_norm_rope_forward(Tensor qkv, {_ARGUMENTS}) -> Tensor",
     fake=_fake_forward,
     dtypes=DTYPES,
+    reference=reference,
     cuda="opensora.kernels.qk_norm_rope:forward",
     native=True,
 )
@@ -99,6 +104,7 @@ _inplace = Op(
     f"qk_norm_rope_inplace(Tensor(a!) qkv, {_ARGUMENTS}) -> ()",
     fake=_fake_inplace,
     dtypes=DTYPES,
+    reference=_reference_inplace,
     cuda="opensora.kernels.qk_norm_rope:inplace",
     native=True,
 )
@@ -108,6 +114,7 @@ _backward = Op(
     "-> (Tensor dqkv, Tensor dweights)",
     fake=_fake_backward,
     dtypes=DTYPES,
+    reference=reference_backward,
     cuda="opensora.kernels.qk_norm_rope:backward",
 )
 

@@ -98,6 +98,7 @@ _forward = Op(
     "-> (Tensor total, Tensor normed)",
     fake=_fake_forward,
     dtypes=DTYPES,
+    reference=reference,
     cuda="opensora.kernels.residual_layernorm_modulate:forward",
 )
 
@@ -109,6 +110,7 @@ _backward = Op(
     "-> (Tensor dx, Tensor dy, Tensor dmodulation)",
     fake=_fake_backward,
     dtypes=DTYPES,
+    reference=reference_backward,
     cuda="opensora.kernels.residual_layernorm_modulate:backward",
 )
 

@@ -61,6 +61,19 @@ def reference_backward(
     return dqkv.to(qkv.dtype).contiguous(), dweights
 
 
+def _reference_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """Compute what `_forward` returns, its statistics as NaN: `_reference_backward` needs none."""
+    _, stats = _fake_forward(*args)
+    return reference(*args), stats.fill_(torch.nan)
+
+
+def _reference_backward(
+    grad: Tensor, qkv: Tensor, q_weight: Any, k_weight: Any, y: Tensor, stats: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute what `_backward` returns, without y and its statistics."""
+    return reference_backward(grad, qkv, q_weight, k_weight, eps)
+
+
 def _fake_forward(qkv: Tensor, q_weight: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
     (batch, frames, tokens), (heads, width) = qkv.shape[:3], qkv.shape[4:]
     stats = (1 if q_weight is None else 3, batch, frames, heads, tokens)
@@ -80,6 +93,7 @@ _forward = Op(
     "-> (Tensor y, Tensor stats)",
     fake=_fake_forward,
     dtypes=DTYPES,
+    reference=_reference_forward,
     cuda="opensora.kernels.spatial_attention:forward",
 )
 
@@ -89,6 +103,7 @@ _backward = Op(
     "Tensor y, Tensor stats, float eps) -> (Tensor dqkv, Tensor dweights)",
     fake=_fake_backward,
     dtypes=DTYPES,
+    reference=_reference_backward,
     cuda="opensora.kernels.spatial_attention:backward",
 )
 

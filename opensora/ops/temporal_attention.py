@@ -84,6 +84,7 @@ _forward = Op(
     f"temporal_attention_forward({_ARGUMENTS}) -> Tensor",
     fake=_fake_forward,
     dtypes=DTYPES,
+    reference=reference,
     cuda="opensora.kernels.temporal_attention:forward",
     native=True,
 )
@@ -92,6 +93,7 @@ _backward = Op(
     f"temporal_attention_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor dqkv, Tensor dweights)",
     fake=_fake_backward,
     dtypes=DTYPES,
+    reference=reference_backward,
     cuda="opensora.kernels.temporal_attention:backward",
 )
 

@@ -36,14 +36,7 @@ MODES = ["both", "legacy", "norm", "rotary"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def write(qkv: Tensor, *args: Any) -> None:
-    qkv.copy_(op.reference(qkv, *args))
-
-
-dispatched = partial(
-    testing.dispatched,
-    {op._forward: op.reference, op._inplace: write, op._backward: op.reference_backward},
-)
+dispatched = partial(testing.dispatched, op._forward, op._inplace, op._backward)
 
 IMPLEMENTATIONS = testing.implementations()
 if INTERPRETED:  # interpreted Triton takes what CUDA would

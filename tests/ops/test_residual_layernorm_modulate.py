@@ -26,10 +26,7 @@ KINDS = [(True, False), (True, True), (False, False), (False, True)]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-dispatched = partial(
-    testing.dispatched,
-    {op._forward: op.reference, op._backward: op.reference_backward},
-)
+dispatched = partial(testing.dispatched, op._forward, op._backward)
 
 IMPLEMENTATIONS = testing.implementations()
 if INTERPRETED:  # interpreted Triton takes what CUDA would
