@@ -1,30 +1,32 @@
-"""Load the compiled CPU kernels, if this installation has them.
+"""Load the compiled kernels, if this installation has them.
 
-The library holds implementations only (`csrc/`); the schemas are defined in `opensora/ops/`.
-Without it every op still works: the PyTorch references serve. OPENSORA_LIBRARY names another build
-of it, such as the one of `make sanitize`.
+The libraries hold implementations only (`csrc/`); the schemas are defined in `opensora/ops/`.
+Without them every op still works: on a CPU the PyTorch references serve, on a GPU Triton's kernels.
+OPENSORA_LIBRARY names another build of the CPU's, such as the one of `make sanitize`. The GPU's is
+loaded where torch was built with CUDA; no GPU is asked for, and none initialised.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 
 LIBRARY = "_C.abi3.so"
+CUDA_LIBRARY = "_C_cuda.abi3.so"
 INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16")  # the order of csrc/simd.h
 
 
-def _load() -> str | None:
-    """Load the library and return its path, or None where the package was built without it.
+def _load(path: Path) -> str | None:
+    """Load a library and return its path, or None where the package was built without it.
 
     Raises:
         ImportError: The file is there but cannot be loaded.
     """
-    path = Path(os.environ.get("OPENSORA_LIBRARY") or str(files("opensora") / LIBRARY))
     if not path.is_file():
         return None
     try:
@@ -38,7 +40,35 @@ def _load() -> str | None:
     return str(path)
 
 
-path: str | None = _load()
+path: str | None = _load(
+    Path(os.environ.get("OPENSORA_LIBRARY") or str(files("opensora") / LIBRARY))
+)
+cuda_path: str | None = (
+    None if torch.version.cuda is None else _load(Path(str(files("opensora") / CUDA_LIBRARY)))
+)
+
+
+def why_no_cuda() -> str | None:
+    """Say why no CUDA kernels in C++ are loaded, and what would change it; None if they are."""
+    if cuda_path is not None:
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    return (
+        "opensora was built without nvcc. Install one (pip install nvidia-cuda-nvcc, or NVIDIA's "
+        "toolkit), then opensora again"
+    )
+
+
+def cuda_version() -> str:
+    """Return the hash of the CUDA library: what tells this build of its kernels from any other.
+
+    Raises:
+        OSError: There is no library.
+    """
+    if cuda_path is None:
+        raise FileNotFoundError("no CUDA library")
+    return f"cuda-{sha256(Path(cuda_path).read_bytes()).hexdigest()[:16]}"
 
 
 def instruction_set() -> str | None:

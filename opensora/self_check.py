@@ -75,9 +75,9 @@ def _groupnorm_silu(new: New) -> Any:
 
 
 def _causal_conv3d(new: New) -> Any:
-    video, image = new(1, 16, 3, 5, 7), new(2, 16, 5, 7)
-    y = functional.causal_conv3d(video, new(16, 16, 3, 3, 3), new(16), residual=video)
-    return y, functional.causal_conv3d(image, new(8, 16, 3, 3), new(8), stride=(2, 2))
+    video, image = new(1, 32, 3, 5, 7), new(2, 32, 5, 7)
+    y = functional.causal_conv3d(video, new(32, 32, 3, 3, 3), new(32), residual=video)
+    return y, functional.causal_conv3d(image, new(8, 32, 3, 3), new(8), stride=(2, 2))
 
 
 def _patchify(new: New) -> Any:

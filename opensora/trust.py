@@ -6,7 +6,8 @@ A kernel is trusted if this version of it, on this architecture and in this dtyp
 * the check of `opensora/self_check.py` on an earlier day: an entry in the user's cache, or
 * that check now: milliseconds, and what its compiler takes the first time.
 
-Forward, backward and variants of an op are judged together. A kernel that fails is reported by a
+Forward, backward and variants of an op are judged together; kernels in C++ (`csrc/cuda`) apart from
+Triton's, as the family "<op>.native". A kernel that fails is reported by a
 warning and not used: the op's PyTorch reference takes its place in the dispatcher, and so in eager
 code, in autograd and in compiled graphs alike. The cache keeps failures too: they outweigh a
 record, and the next process checks again. Only a kernel that broke the GPU's context is not tried
@@ -71,9 +72,11 @@ def judge(
         if verdict.is_final:
             _verdicts[key] = verdict
     if verdict.problem is not None:
+        native = family.endswith(".native")
+        instead = "Triton's kernel serves" if native else "The PyTorch reference serves"
         warnings.warn(
             f"the GPU kernel of {family} is not used for {kernel.dtype} on {kernel.architecture}: "
-            f"{verdict.problem}. The PyTorch reference serves instead, correct but slower. Please "
+            f"{verdict.problem}. {instead} instead, correct but slower. Please "
             "report it with what `opensora doctor` prints; OPENSORA_KERNELS=reference runs "
             "without kernels, and OPENSORA_KERNELS=require makes this an error.",
             RuntimeWarning,
@@ -100,9 +103,9 @@ def check(family: str, device: torch.device, dtype: torch.dtype) -> str | None:
     from opensora import self_check
 
     def work() -> str | None:
-        _thread.checking = True
+        _thread.checking = family
         with torch.autograd.set_multithreading_enabled(False):
-            return self_check.find_problem(family, device, dtype)
+            return self_check.find_problem(family.removesuffix(".native"), device, dtype)
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="opensora-check") as pool:
         return pool.submit(work).result()
@@ -110,7 +113,13 @@ def check(family: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def is_checking() -> bool:
     """Tell whether this thread runs a check."""
-    return getattr(_thread, "checking", False)
+    return checked() != ""
+
+
+def checked() -> str:
+    """Return the family that this thread checks; "" outside of a check."""
+    family: str = getattr(_thread, "checking", "")
+    return family
 
 
 @contextmanager

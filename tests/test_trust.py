@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from opensora import doctor, self_check, testing, trust, verified
+from opensora import _extension, doctor, self_check, testing, trust, verified
 from opensora.errors import OpenSoraError
-from opensora.functional import gate_residual
+from opensora.functional import gate_residual, qk_norm_rope
 from opensora.ops import _library
 from opensora.ops import gate_residual as op
+from opensora.ops import qk_norm_rope as heads
 from opensora.testing import randn
 from opensora.verified import Kernel
 
@@ -582,3 +584,106 @@ with testing.require():
         check=False,
     )
     assert run.returncode == 0, run.stderr
+
+
+class Native:
+    """Let ops prefer kernels in C++, emulated; count what reaches them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.taken: list[bool] = []
+        monkeypatch.setattr(_library, "cuda_language", "C++")
+        monkeypatch.setattr(_extension, "cuda_version", lambda: "cuda-v1")
+        for one in (heads._forward, heads._inplace):
+            monkeypatch.setattr(one, "_native", self.counting(one._native))
+
+    def counting(self, native: Any) -> Callable[..., Any]:
+        def take(*args: Any) -> Any:
+            found = native(*args)
+            self.taken.append(found is not None)
+            return found
+
+        return take
+
+
+HEAD_OPS = (heads._forward, heads._inplace, heads._backward)
+
+
+def rotate(width: int = 72) -> Tensor:
+    with torch.no_grad():
+        return qk_norm_rope(randn(2, 5, 3, 2, width), *randn(2, width, seed=1).unbind(0))
+
+
+@pytest.mark.usefixtures("emulator")
+def test_kernels_in_cpp_serve_where_they_are_asked_for(
+    planted: Planted, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with planted.on_cpu(*HEAD_OPS):
+        rotate()
+        assert planted.runs["qk_norm_rope_forward"] > 0
+    planted.runs.clear()
+    planted.checks = 0
+    native = Native(monkeypatch)
+    with planted.on_cpu(*HEAD_OPS), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = rotate()
+        assert planted.checks == 1
+        assert planted.runs == {"qk_norm_rope_backward": 1}  # of the check: C++ has no backward
+        assert native.taken
+        assert all(native.taken)
+        rotate()
+        assert planted.checks == 1
+        wide = rotate(96)  # which C++ does not take
+        assert planted.runs["qk_norm_rope_forward"] == 1
+        assert not native.taken[-1]
+    with testing.reference():
+        torch.testing.assert_close(y, rotate())
+        torch.testing.assert_close(wide, rotate(96))
+    assert [path.name for path in folder.iterdir() if ".native-" in path.name] == [
+        "qk_norm_rope.native-sm_test-float32-cuda-v1.json"
+    ]
+
+
+@pytest.mark.usefixtures("emulator")
+def test_a_wrong_kernel_in_cpp_gives_its_place_to_triton(
+    planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = Native(monkeypatch)
+    find = self_check.find_problem
+
+    def fails(op: str, *others: Any) -> str | None:
+        if trust.checked().endswith(".native"):
+            assert find(op, *others) is None
+            return "planted"
+        return find(op, *others)
+
+    monkeypatch.setattr(self_check, "find_problem", fails)
+    with planted.on_cpu(*HEAD_OPS):
+        with pytest.warns(RuntimeWarning, match=r"planted. Triton's kernel serves instead"):
+            rotate()
+        assert planted.checks == 2  # Triton's is checked as well
+        native.taken.clear()
+        rotate()
+        assert native.taken == []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("cuda", "choose triton or c[+][+]"),
+        ("c++", r"no CUDA kernels in C[+][+]: torch .* without CUDA"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_an_error(value: str, message: str) -> None:
+    if value == "c++" and _extension.cuda_path is not None:
+        pytest.skip("these kernels are here")
+    run = subprocess.run(
+        [sys.executable, "-m", "opensora", "doctor"],
+        env={**os.environ, "OPENSORA_CUDA": value},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode != 0
+    assert re.search(message, run.stderr)
+    assert "Traceback" not in run.stderr

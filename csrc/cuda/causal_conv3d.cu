@@ -450,7 +450,8 @@ void start(const OnDevice& device, const Tensor& x, const CausalConv3d& a) {
 }
 
 Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-               const std::optional<Tensor>& residual, std::vector<Tensor> norm, std::vector<int64_t> stride) {
+               const std::optional<Tensor>& residual, std::vector<Tensor> norm,
+               std::vector<int64_t> stride) {
   CausalConv3d a = arguments(x, weight, bias, residual, norm, stride);
   Tensor y = empty_output(a, x);
   if (y.numel() == 0) return y;
@@ -461,9 +462,9 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
 
 std::tuple<Tensor, Tensor> with_statistics(const Tensor& x, const Tensor& weight,
                                            const std::optional<Tensor>& bias,
-                                           const std::optional<Tensor>& residual, std::vector<Tensor> norm,
-                                           std::vector<int64_t> stride, int64_t groups,
-                                           double eps) {
+                                           const std::optional<Tensor>& residual,
+                                           std::vector<Tensor> norm, std::vector<int64_t> stride,
+                                           int64_t groups, double eps) {
   namespace op = causal_conv3d;
   CausalConv3d a = arguments(x, weight, bias, residual, norm, stride);
   STD_TORCH_CHECK(groups > 0 && a.O % groups == 0 && a.O / groups % 4 == 0,

@@ -21,8 +21,9 @@ DEVICE float number(const void* from, Type type, int64_t i) {
 // What is done to heads; a null pointer says that a step is left out.
 struct HeadRules {
   const void *q_weight, *k_weight;  // [D]
-  const float *cos, *sin;           // [positions, D]
+  const void *cos, *sin;            // [positions, D], float32 if `wide_table`, else of qkv's type
   Type weight_type;
+  bool wide_table;
   bool legacy;  // rotate before the norm
   float eps;
 };
@@ -57,19 +58,25 @@ DEVICE void stage_weights(const HeadRules& rules, float* weights) {
   }
 }
 
-// Turn N / 2 pairs by their angles. Both columns of a pair are used, though they are equal: else
-// the compiler splits the loads to spare the second.
-template <int N>
-DEVICE void rotate(float (&x)[N], const float* cos, const float* sin) {
-  UNROLL for (int i = 0; i < N; i += 4) {
-    float c[4], s[4];
-    Numbers<float>::load(load_constant(cos + i), c);
-    Numbers<float>::load(load_constant(sin + i), s);
-    UNROLL for (int j = 0; j < 4; j += 2) {
-      const float even = x[i + j], odd = x[i + j + 1];
-      x[i + j] = even * c[j] - odd * s[j];
-      x[i + j + 1] = odd * c[j + 1] + even * s[j + 1];
-    }
+// Numbers [N] from a place that no kernel writes.
+template <class T, int N>
+DEVICE void load_constants(const T* from, float (&x)[N]) {
+  UNROLL for (int j = 0; j < N; j += PER_PACK<T>) {
+    Numbers<T>::load(load_constant(from + j), x + j);
+  }
+}
+
+// Turn N / 2 pairs by their angles, which begin at `at`. Both columns of a pair are used, though
+// they are equal: else the compiler splits the loads to spare the second.
+template <class Table, int N>
+DEVICE void rotate(float (&x)[N], const HeadRules& rules, int64_t at) {
+  float c[N], s[N];
+  load_constants(static_cast<const Table*>(rules.cos) + at, c);
+  load_constants(static_cast<const Table*>(rules.sin) + at, s);
+  UNROLL for (int j = 0; j < N; j += 2) {
+    const float even = x[j], odd = x[j + 1];
+    x[j] = even * c[j] - odd * s[j];
+    x[j + 1] = odd * c[j + 1] + even * s[j + 1];
   }
 }
 
@@ -79,7 +86,10 @@ template <class T, int D, class Store>
 DEVICE void prepare(const Pack* head, const HeadRules& rules, const float* weight, int64_t position,
                     Store store) {
   constexpr int N = PER_PACK<T>;
-  const float *cos = rules.cos + position * D, *sin = rules.sin + position * D;
+  const auto turn = [&](float (&x)[N], int i) {
+    const int64_t at = position * D + i * N;
+    rules.wide_table ? rotate<float>(x, rules, at) : rotate<T>(x, rules, at);
+  };
   const bool first = rules.cos != nullptr && rules.legacy;
   const bool last = rules.cos != nullptr && !rules.legacy;
   float rstd = 1.0f;
@@ -89,7 +99,7 @@ DEVICE void prepare(const Pack* head, const HeadRules& rules, const float* weigh
     for (int i = 0; i < HEAD_PACKS<T, D>; ++i) {
       float x[N];
       Numbers<T>::load(head[i], x);
-      if (first) rotate(x, cos + i * N, sin + i * N);
+      if (first) turn(x, i);
       UNROLL for (int j = 0; j < N; ++j) { sums[j % 2] += x[j] * x[j]; }
     }
     rstd = inverse_sqrt((sums[0] + sums[1]) * (1.0f / D) + rules.eps);
@@ -98,13 +108,13 @@ DEVICE void prepare(const Pack* head, const HeadRules& rules, const float* weigh
   for (int i = 0; i < HEAD_PACKS<T, D>; ++i) {
     float x[N];
     Numbers<T>::load(head[i], x);
-    if (first) rotate(x, cos + i * N, sin + i * N);
+    if (first) turn(x, i);
     if (rules.q_weight != nullptr) {
       float w[N];
       load_numbers<float>(reinterpret_cast<const Pack*>(weight + i * N), 0, w);
       UNROLL for (int j = 0; j < N; ++j) { x[j] = Numbers<T>::round(x[j] * rstd) * w[j]; }
     }
-    if (last) rotate(x, cos + i * N, sin + i * N);
+    if (last) turn(x, i);
     store(i, x);
   }
 }

@@ -125,10 +125,12 @@ inline bool aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % sizeof(Pack) == 0;
 }
 
-inline HeadRules head_rules(int64_t width, int64_t positions, const std::optional<Tensor>& q_weight,
+inline HeadRules head_rules(const Tensor& qkv, int64_t positions,
+                            const std::optional<Tensor>& q_weight,
                             const std::optional<Tensor>& k_weight, const std::optional<Tensor>& cos,
                             const std::optional<Tensor>& sin, bool legacy, double eps) {
   HeadRules rules{};
+  const int64_t width = qkv.size(-1);
   STD_TORCH_CHECK(
       q_weight.has_value() == k_weight.has_value() && cos.has_value() == sin.has_value(),
       "q_weight and k_weight come together, and so do cos and sin");
@@ -143,13 +145,16 @@ inline HeadRules head_rules(int64_t width, int64_t positions, const std::optiona
     rules.weight_type = type_of(*q_weight);
   }
   if (cos) {
+    rules.wide_table = cos->scalar_type() == ScalarType::Float;
     for (const Tensor* table : {&*cos, &*sin}) {
-      STD_TORCH_CHECK(table->is_contiguous() && table->numel() == positions * width &&
-                          table->scalar_type() == ScalarType::Float && aligned(*table),
-                      "cos and sin must be contiguous, aligned float32 [positions, D]");
+      STD_TORCH_CHECK(
+          table->is_contiguous() && table->numel() == positions * width && aligned(*table) &&
+              table->scalar_type() == cos->scalar_type() &&
+              (rules.wide_table || table->scalar_type() == qkv.scalar_type()),
+          "cos and sin must be contiguous, aligned [positions, D] of float32 or qkv's dtype");
     }
-    rules.cos = static_cast<const float*>(cos->const_data_ptr());
-    rules.sin = static_cast<const float*>(sin->const_data_ptr());
+    rules.cos = cos->const_data_ptr();
+    rules.sin = sin->const_data_ptr();
   }
   rules.legacy = legacy;
   rules.eps = static_cast<float>(eps);

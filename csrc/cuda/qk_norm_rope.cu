@@ -140,8 +140,7 @@ HeadRules rules_of(const Tensor& qkv, const std::optional<Tensor>& q_weight,
   STD_TORCH_CHECK(qkv.is_contiguous() && dims >= 4 && qkv.size(dims - 3) == 3 &&
                       -dims <= position_dim && position_dim <= -4,
                   "qkv must be contiguous [..., N, ..., 3, H, D]");
-  return head_rules(qkv.size(dims - 1), qkv.size(dims + position_dim), q_weight, k_weight, cos, sin,
-                    legacy, eps);
+  return head_rules(qkv, qkv.size(dims + position_dim), q_weight, k_weight, cos, sin, legacy, eps);
 }
 
 Tensor forward(const Tensor& qkv, const std::optional<Tensor>& q_weight,

@@ -257,7 +257,7 @@ Tensor forward(const Tensor& qkv, const std::optional<Tensor>& q_weight,
   Tensor y = torch::stable::new_empty(qkv, {qkv.size(0), frames, qkv.size(2), heads * width});
   if (y.numel() == 0) return y;
   TemporalAttention a{};
-  a.rules = head_rules(width, frames, q_weight, k_weight, cos, sin, false, eps);
+  a.rules = head_rules(qkv, frames, q_weight, k_weight, cos, sin, false, eps);
   a.qkv = static_cast<const Pack*>(qkv.const_data_ptr());
   a.out = static_cast<Pack*>(y.mutable_data_ptr());
   a.T = static_cast<int>(frames);

@@ -139,3 +139,11 @@ def prepare_backward(
     if rotary is not None and legacy:
         dx = dx * rotary[0] - _turn(dx * rotary[1])
     return dx, dweight
+
+
+def takes_native(qkv: Tensor, tables: tuple[Tensor | None, ...]) -> bool:
+    """Tell whether the kernels in csrc/cuda read these heads: of 64 or 72 numbers, in 16 bytes."""
+    dtypes = (qkv.dtype, torch.float32)
+    aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (qkv, *tables))
+    fits = all(t is None or t.dtype in dtypes for t in tables)
+    return qkv.shape[-1] in (64, 72) and qkv.dtype != torch.float64 and aligned and fits

@@ -24,10 +24,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from opensora import trust, verified
+from opensora import _extension, trust, verified
 from opensora.errors import UsageError
 
 Mode = Literal["auto", "reference", "require"]
+Language = Literal["Triton", "C++"]
 
 _LIBRARY = torch.library.Library("opensora", "FRAGMENT")
 _DTYPES = dict[str, tuple[torch.dtype, ...]]
@@ -46,6 +47,25 @@ def _mode_of_environment() -> Mode:
 # Process-wide: "auto" takes a kernel where one serves, "reference" never takes one, "require"
 # raises where none serves. `opensora.testing` changes it for a block of code.
 mode: Mode = _mode_of_environment()
+
+
+def _language_of_environment() -> Language:
+    """Return the language that `OPENSORA_CUDA` asks for; "Triton" where it is not set."""
+    asked = os.environ.get("OPENSORA_CUDA", "triton").lower()
+    languages: dict[str, Language] = {"triton": "Triton", "c++": "C++"}
+    if asked not in languages:
+        raise UsageError(f"OPENSORA_CUDA={asked!r} is unknown: unset it, or choose triton or c++")
+    if asked == "c++" and _extension.cuda_path is None:
+        raise UsageError(
+            "OPENSORA_CUDA=c++, but there are no CUDA kernels in C++: "
+            + (_extension.why_no_cuda() or "unset it")
+        )
+    return languages[asked]
+
+
+# Process-wide: which kernels serve on a GPU where both are written. Triton's, until a GPU has timed
+# the others; what C++ does not take, Triton does.
+cuda_language: Language = _language_of_environment()
 
 # Triton's interpreter, which must be chosen before Triton is imported, runs kernels on the CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -73,7 +93,8 @@ class Op:
             of its Triton source.
         decides: The argument whose dtype a kernel is trusted for; by default the first tensor.
         onednn: The op on a CPU by calls of oneDNN, where torch was built with it.
-        native: Whether `csrc/cuda` has a kernel as well; it serves as the overload `native`.
+        native: Returns the arguments of the kernel in `csrc/cuda`, which is the overload `native`,
+            or None where it does not take them. It serves where `cuda_language` is "C++".
     """
 
     def __init__(
@@ -87,13 +108,14 @@ class Op:
         version: Callable[[], str] | None = None,
         decides: str | None = None,
         onednn: Callable[..., Any] | None = None,
-        native: bool = False,
+        native: Callable[..., tuple[Any, ...] | None] | None = None,
     ) -> None:
         self.name = schema.partition("(")[0]
         self.dtypes = dtypes
         self.reference = reference
         define(schema, fake)
-        if native:
+        self._native = native
+        if native is not None:
             define(schema.replace("(", ".native(", 1), fake)
         self.overload = getattr(torch.ops.opensora, self.name).default
         self.launcher = None if cuda is None else _imported_on_first_call(cuda)
@@ -152,14 +174,32 @@ class Op:
     def _choose(self, x: Tensor) -> tuple[Callable[..., Any], bool]:
         """Return what serves tensors like `x`, and whether it will for the rest of the process."""
         assert self.launcher is not None
+        native = cuda_language == "C++"
+        if trust.is_checking():
+            native = trust.checked() == f"{self.family}.native"
+        native = native and self._native is not None
         if trust.is_suspended():
-            return self.launcher, False
+            return self._launch_native if native else self.launcher, False
         if x.dtype not in self.dtypes.get(x.device.type, ()):  # a direct call: nothing claims it
             return self._refer, True
+        if native:
+            version = _extension.cuda_version
+            verdict = trust.judge(f"{self.family}.native", version, x.device, x.dtype)
+            if verdict.problem is None:
+                return self._launch_native, True
         verdict = trust.judge(self.family, self.version, x.device, x.dtype)
         if verdict.problem is None:
             return self.launcher, True
         return partial(self._replace, verdict.problem), verdict.is_final
+
+    def _launch_native(self, *args: Any) -> Any:
+        """Run the kernel in C++, or Triton's where it does not take the arguments."""
+        assert self.launcher is not None
+        assert self._native is not None
+        taken = self._native(*args)
+        if taken is None:
+            return self.launcher(*args)
+        return getattr(torch.ops.opensora, self.name).native(*taken)
 
     def _replace(self, problem: str, *args: Any) -> Any:
         """Run the reference instead of a kernel that is not trusted.

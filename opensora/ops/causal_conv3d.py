@@ -6,7 +6,8 @@
 where a is x, or silu(group norm of x) with `norm`, and zero outside. An axis with kernel k and
 stride s gets max(k - s, 0) zeros: time all of them in front, height and width half of them
 (rounded down) in front and the rest behind.
-Kernels: Triton on CUDA for the forward (`kernels/causal_conv3d.py`), oneDNN on CPU (`_onednn`); the
+Kernels: Triton on CUDA for the forward (`kernels/causal_conv3d.py`), and there, where
+`OPENSORA_CUDA=c++` asks for it, `csrc/cuda/causal_conv3d.cu`; oneDNN on CPU (`_onednn`). The
 backward is the library's.
 For the convolutions of the temporal VAE, and of the 2D VAE: an image is a video of one frame.
 Axes: B batch, I input channels, O output channels, G groups, T frames, H height, W width.
@@ -144,6 +145,19 @@ def _onednn(
     return channels_last(y)  # a copy of several samples without a residual, of which frames are cut
 
 
+def _native(x: Tensor, weight: Tensor, *others: Any) -> tuple[Any, ...] | None:
+    """Return the arguments of the kernel in C++, or None where it does not take them."""
+    tensors = (x, weight, *others[:2], *others[2])
+    fits = (
+        x.dtype in (torch.bfloat16, torch.float16)
+        and [*others[3]] == [1, 1, 1]
+        and x.shape[1] % 32 == 0
+        and weight.shape[0] % 8 == 0
+        and all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+    )
+    return (x, weight, *others) if fits else None
+
+
 # x, weight and residual are channels_last_3d; norm is [mean_rstd (float32), weight, bias] or [].
 _forward = Op(
     "causal_conv3d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
@@ -153,7 +167,7 @@ _forward = Op(
     reference=_reference_forward,
     cuda="opensora.kernels.causal_conv3d:forward",
     onednn=_onednn,
-    native=True,
+    native=_native,
 )
 
 

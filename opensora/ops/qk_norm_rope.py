@@ -2,7 +2,8 @@
 
     q = rotate(q / rms(q) * q_weight), k = rotate(k / rms(k) * k_weight), v = v
 
-Kernels: C++ on CPU (`csrc/cpu/qk_norm_rope.cpp`), Triton on CUDA (`kernels/qk_norm_rope.py`). Used
+Kernels: C++ on CPU (`csrc/cpu/qk_norm_rope.cpp`), Triton on CUDA (`kernels/qk_norm_rope.py`), and
+there, where `OPENSORA_CUDA=c++` asks for it, `csrc/cuda/qk_norm_rope.cu`. Used
 by the self-attention of every model: norm alone over patches, norm and rotation over frames, in
 either order.
 Axes: N positions, H heads, D head width; `position_dim` says which axis of qkv N is.
@@ -88,6 +89,11 @@ def _fake_backward(grad: Tensor, qkv: Tensor, q_weight: _Row, *_: Any) -> Any:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format), dweights
 
 
+def _native(qkv: Tensor, *others: Any) -> tuple[Any, ...] | None:
+    """Return the arguments of the kernel in C++, or None where it does not take them."""
+    return (qkv, *others) if _heads.takes_native(qkv, others[2:4]) else None
+
+
 _ARGUMENTS = (
     "Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
     "int position_dim, bool legacy, float eps"
@@ -98,7 +104,7 @@ _forward = Op(
     dtypes=DTYPES,
     reference=reference,
     cuda="opensora.kernels.qk_norm_rope:forward",
-    native=True,
+    native=_native,
 )
 _inplace = Op(
     f"qk_norm_rope_inplace(Tensor(a!) qkv, {_ARGUMENTS}) -> ()",
@@ -106,7 +112,7 @@ _inplace = Op(
     dtypes=DTYPES,
     reference=_reference_inplace,
     cuda="opensora.kernels.qk_norm_rope:inplace",
-    native=True,
+    native=_native,
 )
 # dweights [2, D] float32: the gradients of q_weight and k_weight; [2, 0] without them.
 _backward = Op(

@@ -2,8 +2,9 @@
 
     y = softmax(q k' / sqrt(D)) v,  q = rotate(q / rms(q) * q_weight), k likewise
 
-Kernels: Triton on CUDA (`kernels/temporal_attention.py`), C++ on CPU
-(`csrc/cpu/temporal_attention.cpp`). Used by STDiT3's temporal blocks.
+Kernels: Triton on CUDA (`kernels/temporal_attention.py`), and there, where `OPENSORA_CUDA=c++` asks
+for it, `csrc/cuda/temporal_attention.cu`; C++ on CPU (`csrc/cpu/temporal_attention.cpp`). Used by
+STDiT3's temporal blocks.
 Axes: B batch, T frames, S patches per frame, H heads, D head width.
 """
 
@@ -79,6 +80,14 @@ def _fake_backward(grad: Tensor, qkv: Tensor, q_weight: _Row, *_: Any) -> Any:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format), dweights
 
 
+def _native(qkv: Tensor, *others: Any) -> tuple[Any, ...] | None:
+    """Return the arguments of the kernel in C++, or None where it does not take them."""
+    frames = 178 if qkv.dtype == torch.float32 else 256  # what fits into sm_80's shared memory
+    strides = all(s * qkv.element_size() % 16 == 0 for s in qkv.stride()[:3])
+    fits = _heads.takes_native(qkv, others[2:4]) and qkv.shape[1] <= frames and strides
+    return (qkv, *others) if fits else None
+
+
 _ARGUMENTS = "Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps"
 _forward = Op(
     f"temporal_attention_forward({_ARGUMENTS}) -> Tensor",
@@ -86,7 +95,7 @@ _forward = Op(
     dtypes=DTYPES,
     reference=reference,
     cuda="opensora.kernels.temporal_attention:forward",
-    native=True,
+    native=_native,
 )
 # dweights [2, D] float32: the gradients of q_weight and k_weight; [2, 0] without them.
 _backward = Op(

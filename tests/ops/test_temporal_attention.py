@@ -396,7 +396,7 @@ def test_native_matches_reference(
     native_device: str, shape: tuple[int, ...], mode: str, dtype: torch.dtype
 ) -> None:
     args = arguments(shape, dtype, mode, native_device)
-    if mode in ("both", "rotary"):
+    if mode in ("both", "rotary") and shape[1] % 2:
         args[3:5] = (t.float() for t in args[3:5])
     if dtype == torch.float32 and shape[1] == 256:
         with pytest.raises(RuntimeError, match="256 frames need"):

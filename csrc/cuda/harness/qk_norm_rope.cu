@@ -91,6 +91,7 @@ void check_values(int N, int H, bool norm, bool rotary, bool legacy, bool inplac
   if (rotary) {
     a.rules.cos = cos.sent();
     a.rules.sin = sin.sent();
+    a.rules.wide_table = true;
   }
   a.rules.legacy = legacy;
   a.rules.eps = 1e-6f;

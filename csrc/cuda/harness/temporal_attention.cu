@@ -119,6 +119,7 @@ void check_values(int B, int T, int S, int H) {
   a.rules.weight_type = Type::bf16;
   a.rules.cos = cos.sent();
   a.rules.sin = sin.sent();
+  a.rules.wide_table = true;
   a.rules.eps = 1e-6f;
   a.T = T;
   a.S = S;
