@@ -114,6 +114,7 @@ class BuildKernels(build_ext):
             if BUILD == "require":
                 raise
             print(f"opensora: {error}", file=sys.stderr)
+            target.unlink(missing_ok=True)  # an earlier build's: it may not fit these schemas
             return skipped("the build failed (pip install -v shows its output)", target.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         # Replaced, not overwritten: a running process may have the old library mapped.
@@ -132,11 +133,11 @@ class BuildPython(build_py):
 
     def run(self) -> None:
         """Say once, in the build's output, that the compiled kernels are left out."""
+        package = ROOT / "opensora" if self.editable_mode else Path(self.build_lib, "opensora")
+        if package.resolve() != ROOT / "opensora":  # an earlier build's files would go along
+            shutil.rmtree(package, ignore_errors=True)
         super().run()
-        if self.editable_mode:
-            package = ROOT / "opensora"
-        else:
-            package = Path(self.build_lib) / "opensora"
+        if not self.editable_mode:
             write(package / "verified.json", verified())
         if REASON:
             skipped(REASON, package)
