@@ -8,12 +8,13 @@ of it, such as the one of `make sanitize`.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
+PACKAGE = Path(__file__).parent
 LIBRARY = "_C.abi3.so"
 INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16")  # the order of csrc/simd.h
 
@@ -24,7 +25,7 @@ def _load() -> str | None:
     Raises:
         ImportError: The file is there but cannot be loaded.
     """
-    path = Path(os.environ.get("OPENSORA_LIBRARY") or str(files("opensora") / LIBRARY))
+    path = Path(os.environ.get("OPENSORA_LIBRARY") or PACKAGE / LIBRARY)
     if not path.is_file():
         return None
     try:
@@ -39,6 +40,19 @@ def _load() -> str | None:
 
 
 path: str | None = _load()
+
+
+def describe() -> tuple[str, bool]:
+    """Say what compiled kernels there are, or why there are none; False if that is a fault."""
+    if path is not None:
+        return f"C++ for {instruction_set()}", True
+    try:
+        note = json.loads((PACKAGE / "_build.json").read_text("utf-8"))["skipped"]
+    except (OSError, ValueError, KeyError, TypeError):  # setup.py did not run here
+        return "none: nothing was built in this checkout", True
+    if note is None:
+        return f"WRONG  they were built, but {LIBRARY} is not in {PACKAGE}", False
+    return f"none: when this was installed, {note}", True
 
 
 def instruction_set() -> str | None:
