@@ -30,7 +30,7 @@ lint: .venv/.dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	.venv/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	.venv/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.c*')
 
 bench: .venv/.test
 	@$(PY) -m bench.cpu
@@ -40,6 +40,7 @@ benchmark: .venv/.test
 
 static: .venv/.test
 	@$(PY) -m bench.static $(ARGS)
+	@$(PY) -m bench.static_cuda $(ARGS)
 
 counted: .venv/.test
 	@$(PY) -m bench.counted
@@ -61,7 +62,7 @@ gpu:
 	@$(PYTHON) -m bench.gpu $(ARGS)
 
 clean:
-	rm -rf .venv build dist samples opensora.egg-info opensora/_C.abi3.so opensora/_build.json
+	rm -rf .venv build dist samples opensora.egg-info opensora/_C*.abi3.so opensora/_build.json
 
 help:
 	@echo 'make demo [PROMPT="a blue star falling"] [ARGS="--seed 1"]   clip under samples/'
@@ -69,7 +70,7 @@ help:
 	@echo 'make lint                      ruff, mypy, clang-format'
 	@echo 'make bench                     CPU kernels beside copies and peers, against the record'
 	@echo 'make benchmark [ARGS="-k rms"] every kernel under pytest-benchmark'
-	@echo 'make static                    compile every Triton kernel and gate its resources'
+	@echo 'make static                    gate the resources of every Triton and CUDA kernel, compiled'
 	@echo 'make counted                   launches, bytes and graphs of a transformer block'
 	@echo 'make sanitize                  C++ kernels with address and undefined-behaviour checks'
 	@echo 'make gpu                       check, then time every kernel on this GPU; installs nothing'
@@ -91,12 +92,19 @@ help:
 	@$(PIP) --no-build-isolation --editable .
 	@touch $@
 
-.venv/.test: .venv/.base $(BUILD_INPUTS)
+# A CUDA compiler, which needs no GPU: tests compile the CUDA kernels and count what they use.
+.venv/.nvcc: .venv/.base
+	@if [ "$$(uname -s)" = Linux ]; then $(PIP) \
+	  nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt 'nvidia-cuda-runtime==13.0.*' \
+	  'nvidia-cuda-cccl==13.0.*'; fi
+	@touch $@
+
+.venv/.test: .venv/.nvcc $(BUILD_INPUTS)
 	@echo 'Building and installing opensora and what its tests need'
 	@$(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@ .venv/.demo
 
-.venv/.dev: .venv/.base $(BUILD_INPUTS)
+.venv/.dev: .venv/.nvcc $(BUILD_INPUTS)
 	@echo 'Building and installing opensora and what its tests and checks need'
 	@$(PIP) --no-build-isolation --editable '.[test,dev]'
 	@touch $@ .venv/.test .venv/.demo

@@ -3,6 +3,8 @@
 OPENSORA_BUILD=auto     build them if a compiler, CMake and torch are at hand (default)
 OPENSORA_BUILD=require  fail where they cannot be built (CI, releases)
 OPENSORA_BUILD=off      never build them; the PyTorch references serve
+
+CUDA kernels are built as well where nvcc >= 12.8 is found; CUDACXX names one.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ VERSION = re.search(
 )[1]
 BUILD = os.environ.get("OPENSORA_BUILD", "auto")
 LIBRARY = "opensora._C"
+CUDA_LIBRARY = "opensora._C_cuda"
 
 RUNTIME = [
     "torch>=2.11",
@@ -48,6 +51,10 @@ EXTRAS = {
         "diffusers",  # an oracle for some modules; the package never imports it
         "setuptools>=77",  # the tests build a wheel
         "triton; sys_platform == 'linux'",  # kernels are interpreted and compiled without a GPU
+    ],
+    "nvcc": [  # a CUDA compiler, for csrc/cuda; headers and runtime with it
+        f"nvidia-{name}==13.0.*; sys_platform == 'linux'"
+        for name in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl")
     ],
     "dev": ["ruff", "mypy", "clang-format", "pre-commit", "cmake>=3.26", "ninja"],
 }
@@ -96,31 +103,67 @@ def missing() -> str | None:
     return None
 
 
+def find_nvcc() -> Path | None:
+    """Return nvcc: $CUDACXX, the pip package's, of $CUDA_HOME, on PATH, or of the usual place."""
+    asked = os.environ.get("CUDACXX")
+    if asked:
+        return Path(shutil.which(asked) or sys.exit(f"CUDACXX={asked} is no program"))
+    packages = {Path(sysconfig.get_path(key)) for key in ("purelib", "platlib")}
+    places = [place for root in packages for place in sorted(root.glob("nvidia/cu1*"), reverse=True)]
+    places += [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
+    found = [shutil.which("nvcc", path=place / "bin") for place in places]
+    found += [shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin")]
+    return next((Path(path) for path in found if path), None)
+
+
+def missing_cuda() -> str | None:
+    """Return why CUDA kernels cannot be built here, and what would change it; None if they can."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return "no nvcc was found (pip install '.[nvcc]' first, or NVIDIA's toolkit >= 12.8)"
+    run = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    release = re.search(r"release (\d+)\.(\d+)", run.stdout)
+    if release is None or (int(release[1]), int(release[2])) < (12, 8):
+        return f"{nvcc} is older than 12.8 (set CUDACXX to a newer one)"
+    return None
+
+
 class BuildKernels(build_ext):
-    """Run CMake and put its library where setuptools wants the extension."""
+    """Run CMake and put its libraries where setuptools wants the extensions."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Build one library; in mode auto a failure costs the kernels, not the installation."""
+        """Build one library; in mode auto a failure costs its kernels, not the installation."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         work = Path(self.build_temp).resolve() / "cmake"
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
-        configure = [cmake, "-S", ROOT, "-B", work, f"-DTORCH_ROOT={find_torch()}"]
+        name = ext.name.rpartition(".")[2]
+        nvcc = "" if CUDA_REASON else find_nvcc()
+        configure = [
+            cmake,
+            "-S",
+            ROOT,
+            "-B",
+            work,
+            f"-DTORCH_ROOT={find_torch()}",
+            f"-DNVCC={nvcc}",
+        ]
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         try:
             subprocess.run(configure, check=True)
-            subprocess.run([cmake, "--build", work, "--parallel"], check=True)
+            subprocess.run([cmake, "--build", work, "--parallel", "--target", name], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            if BUILD == "require":
-                raise
             print(f"opensora: {error}", file=sys.stderr)
-            return skipped("the build failed (pip install -v shows its output)", target.parent)
+            if BUILD == "require":
+                sys.exit("OPENSORA_BUILD=require, but the build failed: its output is above")
+            target.unlink(missing_ok=True)  # an earlier build's: it may not fit these schemas
+            note(target.parent, {name: "the build failed (pip install -v shows its output)"})
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         # Replaced, not overwritten: a running process may have the old library mapped.
         staged = target.with_suffix(".new")
-        shutil.copyfile(next(work.glob("_C.abi3.*")), staged)
+        shutil.copyfile(next(work.glob(f"{name}.abi3.*")), staged)
         staged.replace(target)
-        return None
 
     def get_ext_filename(self, fullname: str) -> str:
         """Name the library the same for every Python: it uses none of Python's interface."""
@@ -131,26 +174,34 @@ class BuildPython(build_py):
     """Copy the modules, and with them what was built and which GPU kernels are verified."""
 
     def run(self) -> None:
-        """Say once, in the build's output, that the compiled kernels are left out."""
+        """Say once, in the build's output, which compiled kernels are left out."""
+        package = ROOT / "opensora" if self.editable_mode else Path(self.build_lib, "opensora")
+        if package.resolve() != ROOT / "opensora":  # an earlier build's files would go along
+            shutil.rmtree(package, ignore_errors=True)
         super().run()
-        if self.editable_mode:
-            package = ROOT / "opensora"
-        else:
-            package = Path(self.build_lib) / "opensora"
+        if not self.editable_mode:
             write(package / "verified.json", verified())
-        if REASON:
-            skipped(REASON, package)
-        else:
-            write(package / "_build.json", {"skipped": None})
+        NOTES.clear()
+        note(package, {"_C": REASON, "_C_cuda": CUDA_REASON})
 
 
-def skipped(reason: str, package: Path) -> None:
+#: Library -> why it is left out, or None.
+NOTES: dict[str, str | None] = {}
+
+
+def note(package: Path, found: dict[str, str | None]) -> None:
     """Print what is left out, why, and what serves instead; note it for `opensora doctor`."""
-    print(
-        f"opensora: compiled CPU kernels skipped: {reason}. PyTorch references serve.",
-        file=sys.stderr,
-    )
-    write(package / "_build.json", {"skipped": reason})
+    kinds = {"_C": ("CPU", "PyTorch references serve"), "_C_cuda": ("CUDA", "Triton's serve")}
+    for name, reason in found.items():
+        if reason:
+            kernels, instead = kinds[name]
+            print(
+                f"opensora: compiled {kernels} kernels skipped: {reason}. {instead}.",
+                file=sys.stderr,
+            )
+    NOTES.update(found)
+    values = {"skipped": NOTES["_C"], "skipped_cuda": NOTES["_C_cuda"]}
+    write(package / "_build.json", values)
 
 
 def verified() -> dict[str, object]:
@@ -171,9 +222,11 @@ def write(path: Path, value: object) -> None:
 
 
 REASON = missing()
+CUDA_REASON = REASON or missing_cuda()
 if REASON and BUILD == "require":
     sys.exit(f"OPENSORA_BUILD=require, but {REASON}")
 
+libraries = [*([] if REASON else [LIBRARY]), *([] if CUDA_REASON else [CUDA_LIBRARY])]
 packages = find_packages(include=["opensora", "opensora.*"], exclude=["opensora.kernels*"])
 setup(
     name="opensora",
@@ -190,7 +243,7 @@ setup(
     package_dir={"opensora.kernels": "kernels"},
     package_data={"opensora": ["py.typed", "assets/**/*"]},
     entry_points={"console_scripts": ["opensora = opensora.__main__:main"]},
-    ext_modules=[] if REASON else [Extension(LIBRARY, sources=[], py_limited_api=True)],
+    ext_modules=[Extension(name, sources=[], py_limited_api=True) for name in libraries],
     cmdclass={"build_ext": BuildKernels, "build_py": BuildPython},
     options={"bdist_wheel": {} if REASON else {"py_limited_api": "cp311"}},
     zip_safe=False,

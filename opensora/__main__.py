@@ -71,7 +71,7 @@ def describe_installation() -> str:
     lines = [
         f"opensora {opensora.__version__}  torch {torch.__version__}  "
         f"python {platform.python_version()}  {platform.system()}",
-        f"compiled CPU kernels: {_extension.instruction_set() or 'none, PyTorch references serve'}",
+        f"compiled kernels: {_extension.describe()[0]}",
         *(f"device {device}  ({describe_device(device)})" for device in devices),
     ]
     tables = {device.type: describe_kernels(device) for device in devices}

@@ -9,13 +9,14 @@ loaded where torch was built with CUDA; no GPU is asked for, and none initialise
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
+PACKAGE = Path(__file__).parent
 LIBRARY = "_C.abi3.so"
 CUDA_LIBRARY = "_C_cuda.abi3.so"
 INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16")  # the order of csrc/simd.h
@@ -40,24 +41,15 @@ def _load(path: Path) -> str | None:
     return str(path)
 
 
-path: str | None = _load(
-    Path(os.environ.get("OPENSORA_LIBRARY") or str(files("opensora") / LIBRARY))
-)
-cuda_path: str | None = (
-    None if torch.version.cuda is None else _load(Path(str(files("opensora") / CUDA_LIBRARY)))
-)
+path: str | None = _load(Path(os.environ.get("OPENSORA_LIBRARY") or PACKAGE / LIBRARY))
+cuda_path: str | None = None if torch.version.cuda is None else _load(PACKAGE / CUDA_LIBRARY)
 
 
-def why_no_cuda() -> str | None:
-    """Say why no CUDA kernels in C++ are loaded, and what would change it; None if they are."""
-    if cuda_path is not None:
-        return None
+def why_no_cuda() -> str:
+    """Say why no CUDA kernels in C++ are loaded, and what would change it."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
-    return (
-        "opensora was built without nvcc. Install one (pip install nvidia-cuda-nvcc, or NVIDIA's "
-        "toolkit), then opensora again"
-    )
+    return _note("skipped_cuda") or f"{CUDA_LIBRARY} is not in {PACKAGE}"
 
 
 def cuda_version() -> str:
@@ -69,6 +61,25 @@ def cuda_version() -> str:
     if cuda_path is None:
         raise FileNotFoundError("no CUDA library")
     return f"cuda-{sha256(Path(cuda_path).read_bytes()).hexdigest()[:16]}"
+
+
+def describe() -> tuple[str, bool]:
+    """Say what compiled kernels there are, or why there are none; False if that is a fault."""
+    if path is not None:
+        return f"C++ for {instruction_set()}", True
+    note = _note("skipped")
+    if note is not None:
+        return f"none: {note}", True
+    return f"WRONG  they were built, but {LIBRARY} is not in {PACKAGE}", False
+
+
+def _note(key: str) -> str | None:
+    """Return why setup.py left kernels out; None if it built them."""
+    try:
+        note = json.loads((PACKAGE / "_build.json").read_text("utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError):  # setup.py did not run here
+        return "nothing was built in this checkout"
+    return None if note is None else f"when this was installed, {note}"
 
 
 def instruction_set() -> str | None:

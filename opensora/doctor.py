@@ -72,21 +72,6 @@ def _remember(kernel: verified.Kernel, problem: str | None, device: torch.device
     return "this run" if earlier is None or earlier.problem is not None else earlier.by
 
 
-def compiled() -> tuple[str, bool]:
-    """Say what compiled kernels there are, or why there are none; False if that is a fault."""
-    if _extension.path is not None:
-        return f"C++ for {_extension.instruction_set()}", True
-    note = verified.read_json(verified.PACKAGE / "_build.json")
-    if not isinstance(note, dict) or "skipped" not in note:
-        return "none: nothing was built in this checkout", True
-    if note["skipped"] is None:
-        return (
-            f"WRONG  they were built, but {_extension.LIBRARY} is not in {verified.PACKAGE}",
-            False,
-        )
-    return f"none: when this was installed, {note['skipped']}", True
-
-
 def advice() -> Iterator[str]:
     """Say what would make this installation faster."""
     if _extension.path is None:
@@ -111,7 +96,7 @@ def main() -> int:
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    built, works = compiled()
+    built, works = _extension.describe()
     versions = f"torch {torch.__version__}  python {platform.python_version()}"
     print(f"opensora {opensora.__version__}  {versions}  {platform.system()}")
     print(f"compiled kernels: {built}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from opensora import __main__ as program
-from opensora import _extension, doctor, verified
+from opensora import _extension, doctor
 from opensora.ops import _library
 from opensora.ops import layernorm_modulate as op
 from opensora.recipe import describe_kernels
@@ -88,7 +88,7 @@ def test_it_says_why_nothing_is_compiled(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "_build.json").write_text(json.dumps(note))
-    monkeypatch.setattr(verified, "PACKAGE", tmp_path)
+    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
     monkeypatch.setattr(_extension, "path", None)
     monkeypatch.setattr(doctor, "_examine", lambda _: 0)
     assert program.main(["doctor"]) == status

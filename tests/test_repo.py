@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -78,23 +80,39 @@ def test_an_op_names_kernels_that_exist() -> None:
         assert set(registered) <= set(re.findall(r'"(\w+)\(', source))
 
 
+@dataclass
+class Distribution:
+    """Hold an sdist, and a wheel built from it where there is no compiler."""
+
+    sources: list[str]
+    wheel: dict[str, bytes]
+    tag: str
+    said: str
+
+
+RECORD = {"layernorm_modulate": {"version": "triton-0", "architecture": "sm_90", "passed": True}}
+BUILD = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
+
+
+def build_without_compiler(
+    hook: str, source: Path, out: Path, mode: str
+) -> subprocess.CompletedProcess[str]:
+    """Call the build backend with nothing on PATH; the name of its result ends what it prints."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "PATH")}
+    return subprocess.run(
+        [sys.executable, "-c", BUILD, hook, str(out)],
+        cwd=source,
+        env=environment | {"PATH": "/none", "OPENSORA_BUILD": mode},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.fixture(scope="session")
-def distribution(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]]:
-    """Build an sdist and, from it, a wheel without compiled kernels; return both lists of files."""
-    out = tmp_path_factory.mktemp("dist")
-    build = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
-
-    def run(hook: str, folder: Path) -> Path:
-        done = subprocess.run(
-            [sys.executable, "-c", build, hook, str(out)],
-            cwd=folder,
-            env=os.environ | {"OPENSORA_BUILD": "off"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return out / done.stdout.splitlines()[-1]
-
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build an sdist from a copy of the checkout and unpack it; return its folder."""
+    out = tmp_path_factory.mktemp("sdist")
     source = out / "checkout"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -110,25 +128,42 @@ def distribution(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], l
             copy.symlink_to(os.readlink(ROOT / name))
         elif (ROOT / name).is_file():
             shutil.copyfile(ROOT / name, copy)
-    with tarfile.open(run("build_sdist", source)) as archive:
-        sources = archive.getnames()
+    baselines = source / "bench/baselines"
+    (baselines / "a-gpu.json").write_text(json.dumps({"verified": RECORD, "results": []}))
+    (baselines / "spoilt.json").write_text("{")
+    run = build_without_compiler("build_sdist", source, out, "auto")
+    assert run.returncode == 0, run.stdout + run.stderr
+    with tarfile.open(out / run.stdout.splitlines()[-1]) as archive:
         archive.extractall(out / "unpacked", filter="data")
-    (unpacked,) = (out / "unpacked").iterdir()
-    with zipfile.ZipFile(run("build_wheel", unpacked)) as wheel:
-        return sources, wheel.namelist()
+    (folder,) = (out / "unpacked").iterdir()
+    return folder
 
 
-def test_the_sdist_can_build_the_kernels(distribution: tuple[list[str], list[str]]) -> None:
-    inside = {name.partition("/")[2] for name in distribution[0]}
+@pytest.fixture(scope="session")
+def distribution(unpacked: Path) -> Distribution:
+    """Build a wheel from the sdist."""
+    stale = unpacked / "build/lib/opensora/stale.py"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    sources = [p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()]
+    run = build_without_compiler("build_wheel", unpacked, unpacked.parent, "auto")
+    assert run.returncode == 0, run.stdout + run.stderr
+    name = run.stdout.splitlines()[-1]
+    with zipfile.ZipFile(unpacked.parent / name) as wheel:
+        contents = {each: wheel.read(each) for each in wheel.namelist()}
+    tag = name.removesuffix(".whl").split("-", 2)[-1]
+    return Distribution(sources, contents, tag, run.stdout + run.stderr)
+
+
+def test_the_sdist_can_build_the_kernels(distribution: Distribution) -> None:
+    inside = set(distribution.sources)
     assert {"CMakeLists.txt", "LICENSE", "README.md", "constraints.txt"} <= inside
     expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()}
     assert expected <= inside
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(
-    distribution: tuple[list[str], list[str]],
-) -> None:
-    _, files = distribution
+def test_the_wheel_holds_the_package_and_nothing_else(distribution: Distribution) -> None:
+    files = distribution.wheel.keys()
     top = {name.partition("/")[0] for name in files}
     assert {name for name in top if not name.endswith(".dist-info")} == {"opensora"}
     folders = {"opensora": ROOT / "opensora", "opensora/kernels": ROOT / "kernels"}
@@ -138,6 +173,32 @@ def test_the_wheel_holds_the_package_and_nothing_else(
             if path.suffix in (".py", ".safetensors", ".json") or path.name == "py.typed":
                 assert name in files
     assert not [name for name in files if name.endswith((".so", ".pyc"))]
+    assert "opensora/stale.py" not in files
+
+
+def test_a_wheel_without_kernels_says_why(distribution: Distribution) -> None:
+    assert distribution.tag == "py3-none-any"
+    reason = "no C++ compiler was found (Debian: apt-get install g++)"
+    assert distribution.said.count("opensora: compiled CPU kernels skipped: " + reason) == 1
+    assert json.loads(distribution.wheel["opensora/_build.json"]) == {"skipped": reason}
+
+
+def test_the_wheel_carries_what_gpus_verified(distribution: Distribution) -> None:
+    shipped = json.loads(distribution.wheel["opensora/verified.json"])
+    assert shipped["a-gpu"] == RECORD
+    assert "spoilt" not in shipped
+    for path in (ROOT / "bench/baselines").glob("*.json"):
+        record = json.loads(path.read_text()).get("verified")
+        assert shipped.get(path.stem) == record
+
+
+def test_a_build_can_be_required(unpacked: Path) -> None:
+    run = build_without_compiler("build_wheel", unpacked, unpacked.parent, "require")
+    assert run.returncode != 0
+    assert "OPENSORA_BUILD=require, but no C++ compiler was found" in run.stderr
+    run = build_without_compiler("build_wheel", unpacked, unpacked.parent, "maybe")
+    assert run.returncode != 0
+    assert "OPENSORA_BUILD must be auto, require or off, got 'maybe'" in run.stderr
 
 
 HEAVY = ("triton", "transformers", "torchvision", "diffusers", "av")

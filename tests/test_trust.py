@@ -670,7 +670,7 @@ def test_a_wrong_kernel_in_cpp_gives_its_place_to_triton(
     ("value", "message"),
     [
         ("cuda", "choose triton or c[+][+]"),
-        ("c++", r"no CUDA kernels in C[+][+]: torch .* without CUDA"),
+        ("c++", r"no CUDA kernels in C[+][+] are loaded: torch .* without CUDA"),
     ],
 )
 def test_a_wish_that_cannot_be_met_is_an_error(value: str, message: str) -> None:

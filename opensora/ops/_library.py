@@ -57,8 +57,8 @@ def _language_of_environment() -> Language:
         raise UsageError(f"OPENSORA_CUDA={asked!r} is unknown: unset it, or choose triton or c++")
     if asked == "c++" and _extension.cuda_path is None:
         raise UsageError(
-            "OPENSORA_CUDA=c++, but there are no CUDA kernels in C++: "
-            + (_extension.why_no_cuda() or "unset it")
+            "OPENSORA_CUDA=c++, but no CUDA kernels in C++ are loaded: "
+            f"{_extension.why_no_cuda()}. Unset it, or build them (csrc/README.md)"
         )
     return languages[asked]
 
