@@ -86,6 +86,12 @@ def _patchify(new: Inputs) -> Any:
     )
 
 
+def _cfg_rflow_step(new: Inputs) -> Any:
+    z, velocity, dt = (t.detach() for t in (new(2, 4, 3, 5, 7), new(4, 8, 3, 5, 7), new(2)))
+    mask = torch.tensor([[True, False, True], [True, True, False]], device=z.device)
+    return functional.cfg_rflow_step(z, velocity, 7.0, dt, mask=mask, copies=2)
+
+
 CHECKS: dict[str, Callable[[Inputs], Any]] = {
     function.__name__[1:]: function
     for function in (
@@ -99,6 +105,7 @@ CHECKS: dict[str, Callable[[Inputs], Any]] = {
         _groupnorm_silu,
         _causal_conv3d,
         _patchify,
+        _cfg_rflow_step,
     )
 }
 
@@ -146,7 +153,7 @@ def _difference(
 def _results(
     run: Callable[[Inputs], Any], device: torch.device, dtype: torch.dtype
 ) -> list[Tensor]:
-    """Return an op's results and the gradients of all its inputs."""
+    """Return an op's results and, if it has any, the gradients of all its inputs."""
     made: list[Tensor] = []
 
     def new(*shape: int) -> Tensor:
@@ -156,6 +163,8 @@ def _results(
 
     results = run(new)
     results = [results] if isinstance(results, Tensor) else list(results)
+    if not any(y.requires_grad for y in results):
+        return results
     gradients = torch.autograd.grad(sum(y.square().sum() for y in results), made, allow_unused=True)
     return [y.detach() for y in results] + [g for g in gradients if g is not None]
 

@@ -20,7 +20,7 @@ def test_it_checks_every_op_that_has_a_kernel() -> None:
     listed = describe_kernels(CPU)
     assert set(doctor.CHECKS) <= set(listed)
     unchecked = set(listed) - set(doctor.CHECKS)
-    assert unchecked == {"qk_norm_rope_inplace", "cfg_rflow_step"}
+    assert unchecked == {"qk_norm_rope_inplace"}
 
 
 @pytest.mark.skipif(_extension.path is None, reason="nothing is compiled")
