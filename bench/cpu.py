@@ -7,7 +7,8 @@ All figures are ratios of times that were taken in turns in one process. `share`
 copying the bytes that an op must move (into memory that is allocated, like the op's result) over
 the time of the op; of the others, how many times as long as the op they took. The record in
 `bench/baselines/cpu.json` holds them for one processor; a figure under `KEPT` of it fails, after
-being taken three times. On a processor that it does not name nothing fails. A plot goes beside it.
+being taken three times. On a processor that it does not name no time fails. A plot goes beside it.
+The peak memory of models (`bench/memory.py`) follows, and may nowhere exceed the references'.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench import cases
+from bench import cases, memory
 from bench.gpu import collect
 from bench.plot import bars
 from bench.shapes import CPU
@@ -130,7 +131,7 @@ def table(results: Mapping[str, Figures]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, compare; 1 if a figure has fallen."""
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=main.__doc__)
-    parser.add_argument("--only", default="", help="ops whose name begins so")
+    parser.add_argument("--only", default="", help="ops whose name begins so, or memory")
     parser.add_argument("--update", action="store_true", help="record instead of comparing")
     parser.add_argument("--baseline", type=Path, default=BASELINE, help="file of the record")
     args = parser.parse_args(argv)
@@ -152,13 +153,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             if found is not None:
                 results[name] = found
     print(f"{processor()}, torch {torch.__version__}")
-    print(table(results))
+    peaks: dict[str, dict[str, float]] = {}
+    if args.only in ("", "memory") and memory.supported():
+        peaks = {job: memory.measure(job) for job in memory.JOBS}
+    failures += memory.fallen(peaks)
+    if results:
+        print(table(results))
+    if peaks:
+        print(memory.table(peaks))
     if args.update:
         kept = {} if not args.only else record.get("results", {})
         record = {
             "processor": processor(),
             "torch": torch.__version__,
             "results": dict(sorted((kept | results).items())),
+            "memory": peaks or record.get("memory", {}),
         }
         args.baseline.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
         entries = [
@@ -172,8 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nothing compared: {args.baseline.name} was recorded on {record.get('processor')}")
     for line in failures:
         print(f"FALLEN  {line}")
-    print(f"{len(results)} cases, {len(failures)} figures fell")
-    return 1 if failures or not results else 0
+    print(f"{len(results) + len(peaks)} cases, {len(failures)} figures fell")
+    return 1 if failures or not (results or peaks) else 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ TOKENS = {
 }
 
 LATENTS = {  # of one request: C, T, H, W
+    f"{CPU} 480p": (4, 15, 60, 106),
     "tiny": (4, 5, 8, 8),
     "480p-2s": (4, 15, 60, 106),
     "720p-16s": (4, 120, 90, 160),  # 720x1280, 408 frames; 864,000 tokens with guidance

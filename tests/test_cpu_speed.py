@@ -1,4 +1,4 @@
-"""Gate the speed of the CPU kernels against the record, and test the gate itself."""
+"""Gate speed and memory of the CPU kernels against the record, and test the gate itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import cases, cpu
+from bench import cases, cpu, memory
 from opensora import _extension
 from opensora.testing import randn
 
@@ -21,7 +21,9 @@ GATED = [
     "groupnorm_silu forward 256 wide bfloat16",
     "temporal_attention forward 15 frames bfloat16",
     "spatial_attention forward 480p bfloat16",
+    "cfg_rflow_step 480p bfloat16",
 ]
+needs_peaks = pytest.mark.skipif(not memory.supported(), reason="the system keeps no peak")
 needs_kernels = pytest.mark.skipif(_extension.path is None, reason="nothing is compiled")
 
 
@@ -40,11 +42,34 @@ def test_a_kernel_is_as_fast_as_recorded(name: str) -> None:
 
 
 def test_the_record_holds_every_case_and_no_other() -> None:
-    recorded = json.loads(cpu.BASELINE.read_text("utf-8"))["results"]
-    assert set(recorded) <= set(cpu.chosen(""))
-    missing = {name.split()[0] for name in set(cpu.chosen("")) - set(recorded)}
-    assert missing <= {"cfg_rflow_step", "patchify"}
-    assert all(figures["eager"] > 0.9 for figures in recorded.values())
+    record = json.loads(cpu.BASELINE.read_text("utf-8"))
+    assert set(record["results"]) == set(cpu.chosen(""))
+    assert all(figures["eager"] > 0.9 for figures in record["results"].values())
+    assert set(record["memory"]) == set(memory.JOBS)
+    assert memory.fallen(record["memory"]) == []
+
+
+@needs_peaks
+@needs_kernels
+@pytest.mark.parametrize("job", memory.JOBS)
+def test_kernels_take_no_more_memory_than_references(job: str) -> None:
+    assert memory.fallen({job: memory.measure(job, frames=3)}) == []
+
+
+@needs_peaks
+def test_a_peak_is_what_was_alive_together() -> None:
+    size = 50_000_000
+
+    def run() -> None:
+        for _ in range(3):
+            torch.ones(size, dtype=torch.uint8)
+        kept = torch.ones(size, dtype=torch.uint8)
+        torch.ones(size, dtype=torch.uint8).add_(kept)
+
+    assert 1.9 * size < memory._growth(run) < 2.3 * size
+    assert memory.fallen({"a": {"ratio": 1.04}, "b": {"ratio": 1.06}}) == [
+        "b: 1.06 of the references' peak memory, allowed 1.05"
+    ]
 
 
 def case_of(run: Any) -> cases.Case:
@@ -89,6 +114,7 @@ def test_the_command_compares_only_on_its_own_processor(
 ) -> None:
     made = {"double it float32": (case_of(lambda x: x * 2), torch.float32)}
     monkeypatch.setattr(cpu, "chosen", lambda _: made)
+    monkeypatch.setattr(memory, "JOBS", {})
     path = tmp_path / "cpu.json"
     assert cpu.main(["--update", "--baseline", str(path)]) == 0
     record = json.loads(path.read_text("utf-8"))

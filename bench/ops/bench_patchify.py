@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.cases import Arguments, Case
-from bench.shapes import LATENTS
+from bench.shapes import CPU, LATENTS
 from bench.static import Static
 from opensora.functional import patchify
 from opensora.kernels import patchify as triton_kernels
@@ -59,7 +59,7 @@ def _moved(shape: str) -> Any:
 
 # The longest request is left to the static counts: its float64 tokens take 8 GB.
 CASES: dict[str, Case] = {}
-for _shape in ("tiny", "480p-2s"):
+for _shape in (f"{CPU} 480p", "tiny", "480p-2s"):
     CASES[f"forward {_shape}"] = Case(
         _arguments(_shape), patchify, op.reference, _moved(_shape), dtypes=DTYPES
     )

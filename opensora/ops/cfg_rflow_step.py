@@ -2,9 +2,10 @@
 
     v = uncond + g * (cond - uncond),    y = z + v * dt where the mask is True, z elsewhere
 
-Kernel: Triton on CUDA (`kernels/cfg_rflow_step.py`). Used by `RFlow.sample`, once a step; inference
-only. Every product and sum is rounded on its own, in the order of the formula, so the kernel
-returns what eager PyTorch returns, bit for bit (a zero may differ in sign).
+Kernels: C++ on CPU (`csrc/cpu/cfg_rflow_step.cpp`), Triton on CUDA (`kernels/cfg_rflow_step.py`).
+Used by `RFlow.sample`, once a step; inference only. Every product and sum is rounded on its own, in
+the order of the formula, so the kernels return what eager PyTorch returns, bit for bit (a zero may
+differ in sign).
 
 Not included: noising frames that join at a step. It comes before the model call, most steps have
 none, and in the previous step's launch it would show noised frames to that step's callback.
@@ -21,9 +22,12 @@ from torch import Tensor
 from opensora.ops import _library
 from opensora.ops._library import Op, needs_grad
 
-#: Of z; the kernel takes the velocity in any of VELOCITIES, beside every one of them.
-DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cuda": (torch.float32,)}
-VELOCITIES = (torch.float32, torch.bfloat16, torch.float16)
+#: Of z, and of the velocities that its kernel reads.
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32,), "cuda": (torch.float32,)}
+VELOCITIES: dict[str, tuple[torch.dtype, ...]] = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 def reference(
@@ -126,7 +130,7 @@ def cfg_rflow_step(
         return reference(z, velocity, guidance, dt, mask, copies)
     if not _forward.serves(z):
         return reference(z, velocity, guidance, dt, mask, copies)
-    if velocity.dtype not in VELOCITIES:
+    if velocity.dtype not in VELOCITIES[z.device.type]:
         velocity = velocity.to(z.dtype)
     scale = 1.0 if guidance is None or per_sample is not None else float(guidance)
     y: Tensor = _forward(

@@ -2,9 +2,10 @@
 
     tokens[b, (t, s)] = weight . patch(x)[b, t, s] + bias + positions[s]
 
-Kernels: Triton on CUDA (`kernels/patchify.py`). Used at the head of STDiT3. The tokens are dense,
-channels fastest; a Conv3d leaves them channels slowest, and every sum along the residual stream
-then keeps that order, so that each norm and product downstream copies its input.
+Kernels: C++ on CPU (`csrc/cpu/patchify.cpp`), Triton on CUDA (`kernels/patchify.py`). Used at the
+head of STDiT3. The tokens are dense, channels fastest; a Conv3d leaves them channels slowest, and
+every sum along the residual stream then keeps that order, so that each norm and product downstream
+copies its input.
 Axes: B batch, I input channels, T frames, H x W pixels, in patches T', H', W'; S = H'*W' and
 N = T'*S tokens, C channels, K = I * voxels of a patch.
 """
@@ -22,8 +23,12 @@ from opensora.ops._library import Op, needs_grad
 
 #: Of weight, bias and positions; a kernel takes x in any of them.
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "cuda": (torch.float32, torch.bfloat16, torch.float16)
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+
+#: Values of a patch up to which the CPU kernel is as fast as a product of the library (2 cores).
+LONGEST = 512
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor) -> Tensor:
@@ -165,7 +170,10 @@ def patchify(x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor) -> Tens
     positions = positions.view(positions.shape[-2:]).to(weight.dtype)
     if not _forward.serves(weight):
         return reference(x, weight, bias, positions)
-    if x.dtype not in DTYPES["cuda"]:
+    if x.device.type == "cpu" and weight[0].numel() > LONGEST:
+        patches = _split(_pad(x.to(weight.dtype), weight), weight).flatten(4).flatten(2, 3)
+        return (F.linear(patches, weight.flatten(1), bias) + positions).flatten(1, 2)
+    if x.dtype not in DTYPES[x.device.type]:
         x = x.to(weight.dtype)
     run = _Patchify.apply if needs_grad(x, weight, bias) else _forward
     tokens: Tensor = run(x, weight.contiguous(), bias.contiguous(), positions.contiguous())
