@@ -109,7 +109,7 @@ def find_nvcc() -> Path | None:
     if asked:
         return Path(shutil.which(asked) or sys.exit(f"CUDACXX={asked} is no program"))
     packages = {Path(sysconfig.get_path(key)) for key in ("purelib", "platlib")}
-    places = [place for root in packages for place in sorted(root.glob("nvidia/cu1*"), reverse=True)]
+    places = sorted((p for root in packages for p in root.glob("nvidia/cu1*")), reverse=True)
     places += [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
     found = [shutil.which("nvcc", path=place / "bin") for place in places]
     found += [shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin")]

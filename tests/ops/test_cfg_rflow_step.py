@@ -28,19 +28,11 @@ if IMPLEMENTATIONS[0].name == "Triton interpreted":  # which takes what CUDA wou
     op.DTYPES["cpu"], op.VELOCITIES["cpu"] = op.DTYPES["cuda"], op.VELOCITIES["cuda"]
 
 
-def call_reference(
-    z: Tensor, velocity: Tensor, guidance: Any, scale: float, dt: Tensor, mask: Any, copies: int
-) -> Tensor:
-    if velocity.shape[0] == z.shape[0]:
-        return op.reference(z, velocity, None, dt, mask, copies)
-    return op.reference(z, velocity, scale if guidance is None else guidance, dt, mask, copies)
-
-
 # Schema and fake are tested on the C++ kernel, or on the reference without a compiler.
 through_dispatcher = (
     testing.require
     if op._forward.kernel("cpu") == "C++"
-    else partial(testing.dispatched, {op._forward: call_reference})
+    else partial(testing.dispatched, op._forward)
 )
 VELOCITIES = op.VELOCITIES["cuda"]
 GUIDANCES = [None, "number", "tensor"]

@@ -36,14 +36,7 @@ IMPLEMENTATIONS = testing.implementations()
 if IMPLEMENTATIONS[0].name == "Triton interpreted":  # which takes what CUDA would
     op.DTYPES["cpu"] = op.DTYPES["cuda"]
     DTYPES.remove(torch.bfloat16)  # the interpreter's bfloat16 products are wrong
-dispatched = partial(
-    testing.dispatched,
-    {
-        op._forward: op.reference,
-        op._backward: op.reference_backward,
-        op._input_backward: op.reference_input_backward,
-    },
-)
+dispatched = partial(testing.dispatched, op._forward, op._backward, op._input_backward)
 # Schema, fakes and autograd are tested on the C++ kernels, or on the references without a compiler.
 through_dispatcher = testing.require if op._forward.kernel("cpu") == "C++" else dispatched
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
