@@ -191,14 +191,15 @@ NOTES: dict[str, str | None] = {}
 
 def note(package: Path, found: dict[str, str | None]) -> None:
     """Print what is left out, why, and what serves instead; note it for `opensora doctor`."""
-    kinds = {"_C": ("CPU", "PyTorch references serve"), "_C_cuda": ("CUDA", "Triton's serve")}
+    kinds = {"_C": "CPU", "_C_cuda": "CUDA"}
+    reasons: dict[str, list[str]] = {}
     for name, reason in found.items():
         if reason:
-            kernels, instead = kinds[name]
-            print(
-                f"opensora: compiled {kernels} kernels skipped: {reason}. {instead}.",
-                file=sys.stderr,
-            )
+            reasons.setdefault(reason, []).append(kinds[name])
+    for reason, kernels in reasons.items():
+        instead = "PyTorch references serve" if "CPU" in kernels else "Triton's serve"
+        skipped = f"compiled {' and '.join(kernels)} kernels skipped: {reason}. {instead}."
+        print(f"opensora: {skipped}", file=sys.stderr)
     NOTES.update(found)
     values = {"skipped": NOTES["_C"], "skipped_cuda": NOTES["_C_cuda"]}
     write(package / "_build.json", values)

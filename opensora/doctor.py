@@ -27,6 +27,12 @@ from opensora.self_check import CHECKS, TOLERANCE
 REBUILD = "OPENSORA_BUILD=require pip install --no-build-isolation --force-reinstall ."
 
 
+LOADED = "loaded; OPENSORA_CUDA=c++ lets them serve"
+
+#: How the family of an op's kernels in `csrc/cuda` ends.
+NATIVE = ".native"
+
+
 class Finding(NamedTuple):
     """Hold how one op fared on one device.
 
@@ -45,8 +51,10 @@ class Finding(NamedTuple):
 
 def check(name: str, device: torch.device) -> Finding:
     """Run one op on a device, forward and backward, and compare it with its reference."""
-    op = next(op for op in _library.registry if op.family == name)
-    kernel = op.kernel(device.type)
+    op = next(op for op in _library.registry if op.family == name.removesuffix(NATIVE))
+    kernel, version = op.kernel(device.type), op.version
+    if name.endswith(NATIVE):
+        kernel, version = "C++", _extension.cuda_version
     if kernel is None:
         return Finding(None, None, 0.0, "")
     started = time.perf_counter()
@@ -56,7 +64,7 @@ def check(name: str, device: torch.device) -> Finding:
             continue
         problem = trust.check(name, device, dtype)
         if device.type == "cuda":
-            by = _remember(verified.describe(name, op.version, device, dtype), problem, device)
+            by = _remember(verified.describe(name, version, device, dtype), problem, device)
             sources.setdefault(by, []).append(str(dtype).removeprefix("torch."))
         if problem is not None:
             said = f"{str(dtype).removeprefix('torch.')}: {problem}"
@@ -100,6 +108,8 @@ def main() -> int:
     versions = f"torch {torch.__version__}  python {platform.python_version()}"
     print(f"opensora {opensora.__version__}  {versions}  {platform.system()}")
     print(f"compiled kernels: {built}")
+    cuda = f"none: {_extension.why_no_cuda()}" if _extension.cuda_path is None else LOADED
+    print(f"CUDA kernels in C++: {cuda}")
     failed = sum(_examine(device) for device in devices)
     for line in advice():
         print(line)
@@ -113,7 +123,10 @@ def _examine(device: torch.device) -> int:
     architecture = f", {verified.architecture(device)}" if device.type == "cuda" else ""
     print(f"\n{device}  ({describe_device(device)}{architecture})")
     failed = 0
-    for name in sorted(CHECKS):
+    names = [*CHECKS]
+    if device.type == "cuda" and _extension.cuda_path is not None:
+        names += {op.family + NATIVE for op in _library.registry if op.has_native}
+    for name in sorted(names):
         with testing.require():
             finding = check(name, device)
         state = "no kernel here, the PyTorch reference serves"

@@ -75,7 +75,7 @@ CASES: dict[str, Case] = {
         _run,
         op.reference,
         flops=_flops(shape),
-        peers={"library, channels first": _channels_first},
+        peers={"C++": op._forward.native, "library, channels first": _channels_first},
         check=_arguments(SMALL_CONVOLUTION),
     )
     for name, shape in CONVOLUTIONS.items()
@@ -85,7 +85,7 @@ CASES: dict[str, Case] = {
         _run,
         op.reference,
         flops=_flops(CONVOLUTIONS["256 wide"]),
-        peers={"groupnorm_silu, then this": _two_passes},
+        peers={"C++": op._forward.native, "groupnorm_silu, then this": _two_passes},
         check=_arguments(SMALL_CONVOLUTION, True),
     )
 }

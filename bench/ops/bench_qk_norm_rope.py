@@ -82,7 +82,7 @@ for _shape in HEADS:
             _run,
             op.reference,
             _passes(_shape, 6),
-            peers={"inplace": _inplace, "apex, flash-attn": _others},
+            peers={"inplace": _inplace, "C++": op._forward.native, "apex, flash-attn": _others},
         )
     CASES[f"backward {_shape}"] = Case(
         _backward_arguments(_shape), _backward, op.reference_backward, _passes(_shape, 8)

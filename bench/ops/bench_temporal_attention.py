@@ -77,7 +77,8 @@ for _shape in FRAMES:
         _run,
         op.reference,
         _passes(_shape, 4),
-        peers={name: _with(attend) for name, attend in peers.ATTENTION.items()},
+        peers={"C++": op._forward.native}
+        | {name: _with(attend) for name, attend in peers.ATTENTION.items()},
     )
     CASES[f"backward {_shape}"] = Case(
         _backward_arguments(_shape), _backward, op.reference_backward, _passes(_shape, 7)

@@ -192,6 +192,17 @@ class Op:
             return self.launcher, True
         return partial(self._replace, verdict.problem), verdict.is_final
 
+    def native(self, *args: Any) -> Any:
+        """Run the kernel in `csrc/cuda`.
+
+        Raises:
+            NotImplementedError: There is none, or it does not take these arguments.
+        """
+        taken = None if self._native is None else self._native(*args)
+        if taken is None or not args[0].is_cuda or _extension.cuda_path is None:
+            raise NotImplementedError(f"{self.name}: no CUDA kernel in C++ for these arguments")
+        return getattr(torch.ops.opensora, self.name).native(*taken)
+
     def _launch_native(self, *args: Any) -> Any:
         """Run the kernel in C++, or Triton's where it does not take the arguments."""
         assert self.launcher is not None
@@ -219,6 +230,11 @@ class Op:
     def _refer(self, *args: Any) -> Any:
         with torch.no_grad():  # as a kernel: autograd is the business of the op's Function
             return self.reference(*args)
+
+    @property
+    def has_native(self) -> bool:
+        """Tell whether `csrc/cuda` has a kernel for this op."""
+        return self._native is not None
 
     def kernel(self, device_type: str) -> str | None:
         """Return the language of the kernel that serves a device type; None if there is none."""
