@@ -187,11 +187,18 @@ DEVICE uint32_t shared_address(const void* place) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(place));
 }
 
-// Start to copy 16 bytes to shared memory; zeros, and nothing is read, if not `there`.
+// Start to copy 16 bytes to shared memory; zeros, and nothing is read, if not `there`. `cached`: by
+// way of the first cache, for what another block of the same processor reads as well.
+template <bool cached = false>
 DEVICE void copy_async(Pack* to, const Pack* from, bool there = true) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(there ? 16 : 0)
-               : "memory");
+  const uint32_t place = shared_address(to), bytes = there ? 16 : 0;
+  if (cached) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(bytes)
+                 : "memory");
+  }
 }
 
 // Read shared memory here and now, where a compiler would rather keep a register from earlier on.
@@ -249,7 +256,8 @@ MULTIPLY(F16, "f16")
 
 #else
 
-inline void copy_async(Pack* to, const Pack* from, bool there = true) {
+template <bool cached = false>
+void copy_async(Pack* to, const Pack* from, bool there = true) {
   emulator::copy_async(to, from, there);
 }
 
