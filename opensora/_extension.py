@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ def _load() -> str | None:
     Raises:
         ImportError: The file is there but cannot be loaded.
     """
-    path = Path(os.environ.get("OPENSORA_LIBRARY") or PACKAGE / LIBRARY)
+    path = Path(os.environ.get("OPENSORA_LIBRARY") or str(files("opensora") / LIBRARY))
     if not path.is_file():
         return None
     try:
