@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -41,8 +42,12 @@ def _load(path: Path) -> str | None:
     return str(path)
 
 
-path: str | None = _load(Path(os.environ.get("OPENSORA_LIBRARY") or PACKAGE / LIBRARY))
-cuda_path: str | None = None if torch.version.cuda is None else _load(PACKAGE / CUDA_LIBRARY)
+path: str | None = _load(
+    Path(os.environ.get("OPENSORA_LIBRARY") or str(files("opensora") / LIBRARY))
+)
+cuda_path: str | None = (
+    None if torch.version.cuda is None else _load(Path(str(files("opensora") / CUDA_LIBRARY)))
+)
 
 
 def why_no_cuda() -> str:

@@ -60,9 +60,10 @@ def test_it_fails_what_does_not_work(
 
 
 def test_it_says_how_to_get_kernels(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(_extension, "path", None)
+    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)  # as if setup.py had never run
     for one in _library.registry:
         monkeypatch.setattr(one, "_kernels", {})
     assert program.main(["doctor"]) == 0
