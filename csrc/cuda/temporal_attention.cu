@@ -187,14 +187,14 @@ run(TemporalAttention a) {
     Pack* key = rows + slot_of(task.frame, 1, task.head, 3, a.group) * STRIDE;
     prepare<T, D>(key, a.rules, weights + D, task.frame, [&](int n, auto& x) {
       constexpr int N = PER_PACK<T>;
-      if (!WIDE) {
+      if constexpr (WIDE) {
+        UNROLL for (int j = 0; j < N; ++j) { x[j] = Numbers<T>::round(x[j]); }
+        store_numbers<Kept>(keys + slot * KEPT, n * N, x);
+        Numbers<T>::load(key[a.group * STRIDE + n], x);
+        store_numbers<Kept>(values + slot * KEPT, n * N, x);
+      } else {
         key[n] = Numbers<T>::store(x);
-        return;
       }
-      UNROLL for (int j = 0; j < N; ++j) { x[j] = Numbers<T>::round(x[j]); }
-      store_numbers<Kept>(keys + slot * KEPT, n * N, x);
-      Numbers<T>::load(key[a.group * STRIDE + n], x);
-      store_numbers<Kept>(values + slot * KEPT, n * N, x);
     });
   }
   __syncthreads();
@@ -204,7 +204,7 @@ run(TemporalAttention a) {
     prepare<T, D>(row, a.rules, weights, task.frame,
                   [&](int n, const auto& x) { row[n] = Numbers<T>::store(x); });
     Rows<Kept> k, v;
-    if (WIDE) {
+    if constexpr (WIDE) {
       k = {keys + task.head * KEPT, a.group * KEPT};
       v = {values + task.head * KEPT, a.group * KEPT};
     } else {

@@ -36,7 +36,7 @@ class Array {
  public:
   explicit Array(size_t count) : host(count) {
 #if defined(__CUDACC__)
-    HOLDS(cudaMalloc(&device_, bytes()) == cudaSuccess, "%zu bytes", bytes());
+    HOLDS(cudaMalloc(&device_, bytes()) == cudaSuccess, "no GPU, or not %zu bytes of it", bytes());
 #endif
   }
   ~Array() {
