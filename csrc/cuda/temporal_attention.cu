@@ -186,8 +186,8 @@ run(TemporalAttention a) {
     const int slot = slot_of(task.frame, 0, task.head, 1, a.group);
     Pack* key = rows + slot_of(task.frame, 1, task.head, 3, a.group) * STRIDE;
     prepare<T, D>(key, a.rules, weights + D, task.frame, [&](int n, auto& x) {
-      constexpr int N = PER_PACK<T>;
       if constexpr (WIDE) {
+        constexpr int N = PER_PACK<T>;
         UNROLL for (int j = 0; j < N; ++j) { x[j] = Numbers<T>::round(x[j]); }
         store_numbers<Kept>(keys + slot * KEPT, n * N, x);
         Numbers<T>::load(key[a.group * STRIDE + n], x);
