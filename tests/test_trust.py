@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from opensora import doctor, self_check, testing, trust, verified
+from opensora import doctor, sample, self_check, testing, trust, verified
 from opensora.errors import OpenSoraError
 from opensora.functional import gate_residual
 from opensora.ops import _library
@@ -182,6 +182,18 @@ def test_a_wrong_kernel_is_reported_and_replaced(
     with planted.on_cpu(*OPS), pytest.warns(RuntimeWarning):  # the next process asks again
         run()
     assert planted.checks == 2
+
+
+def test_a_quiet_program_reports_a_wrong_kernel(
+    planted: Planted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted.faults["gate_residual_forward"] = halved
+    with planted.on_cpu(*OPS), sample._notes(sample._quiet, []):
+        warnings.warn("a library's", RuntimeWarning, stacklevel=1)
+        run()
+    said = capsys.readouterr().err
+    assert said.startswith("warning: the GPU kernel of gate_residual is not used")
+    assert said.count("\n") == 1
 
 
 def test_a_wrong_dtype_leaves_the_others_alone(planted: Planted) -> None:
