@@ -59,9 +59,10 @@ def _spatial_attention(new: New) -> Any:
 
 def _temporal_attention(new: New) -> Any:
     weights = new(72), new(72)
-    # Few frames go several patches to a tile, more have a tile of their own.
-    few = functional.temporal_attention(new(1, 5, 3, 3, 2, 72), *weights, _table(new))
-    return few, functional.temporal_attention(new(1, 19, 2, 3, 2, 72), *weights, _table(new, 19))
+    # Few frames go several patches to a tile, more have their own, and many take several tiles.
+    shapes = ((1, 5, 3, 3, 2, 72), (1, 19, 2, 3, 2, 72), (1, 70, 1, 3, 1, 72))
+    tables = {shape: _table(new, shape[1]) for shape in shapes}
+    return [functional.temporal_attention(new(*s), *weights, tables[s]) for s in shapes]
 
 
 def _cross_attention(new: New) -> Any:
