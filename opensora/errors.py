@@ -14,6 +14,10 @@ class OpenSoraError(Exception):
     exit_code = 1
 
 
+class KernelWarning(RuntimeWarning):
+    """Say that a kernel is wrong on this machine, and what serves instead; no program hides it."""
+
+
 class UsageError(OpenSoraError, ValueError):
     """Report a wrong flag, configuration key, prompt, size or path."""
 

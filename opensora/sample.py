@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from opensora.config import parse_command_line
+from opensora.errors import KernelWarning
 from opensora.program import run_program, stop_if_requested
 from opensora.progress import Progress, Report
 from opensora.sample_config import SampleConfig
@@ -177,7 +178,11 @@ def _notes(say: Callable[[str], None], said: list[str]) -> Iterator[None]:
     """Show warnings of the libraries as one-line notes, and none that were said before."""
 
     def show(message: Warning | str, *rest: Any) -> None:
-        say(f"note: {' '.join(str(message).split())}")
+        words = " ".join(str(message).split())
+        if isinstance(message, KernelWarning):
+            _say(f"warning: {words}")
+        else:
+            say(f"note: {words}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]

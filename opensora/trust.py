@@ -25,7 +25,7 @@ from contextlib import contextmanager
 import torch
 
 from opensora import verified
-from opensora.errors import OpenSoraError
+from opensora.errors import KernelWarning, OpenSoraError
 from opensora.verified import Verdict
 
 _verdicts: dict[tuple[str, str, torch.dtype], Verdict] = {}
@@ -79,7 +79,7 @@ def judge(
             f"{verdict.problem}. {instead} instead, correct but slower. Please "
             "report it with what `opensora doctor` prints; OPENSORA_KERNELS=reference runs "
             "without kernels, and OPENSORA_KERNELS=require makes this an error.",
-            RuntimeWarning,
+            KernelWarning,
             stacklevel=4,
         )
     return verdict

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from opensora import _extension, doctor, self_check, testing, trust, verified
+from opensora import _extension, doctor, sample, self_check, testing, trust, verified
 from opensora.errors import OpenSoraError
 from opensora.functional import gate_residual, qk_norm_rope
 from opensora.ops import _library
@@ -184,6 +184,18 @@ def test_a_wrong_kernel_is_reported_and_replaced(
     with planted.on_cpu(*OPS), pytest.warns(RuntimeWarning):  # the next process asks again
         run()
     assert planted.checks == 2
+
+
+def test_a_quiet_program_reports_a_wrong_kernel(
+    planted: Planted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted.faults["gate_residual_forward"] = halved
+    with planted.on_cpu(*OPS), sample._notes(sample._quiet, []):
+        warnings.warn("a library's", RuntimeWarning, stacklevel=1)
+        run()
+    said = capsys.readouterr().err
+    assert said.startswith("warning: the GPU kernel of gate_residual is not used")
+    assert said.count("\n") == 1
 
 
 def test_a_wrong_dtype_leaves_the_others_alone(planted: Planted) -> None:
@@ -566,8 +578,13 @@ def test_triton_kernels_pass_and_the_interpreter_is_caught() -> None:
     pytest.importorskip("triton")
     code = """
 import torch
+from triton.runtime.interpreter import GridExecutor
 from opensora import self_check, testing, trust
-cpu = torch.device("cpu")
+cpu, launch, launched = torch.device("cpu"), GridExecutor.__call__, set()
+def note(self, *args, **kwargs):
+    launched.add(f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}")
+    return launch(self, *args, **kwargs)
+GridExecutor.__call__ = note
 with testing.require():
     for name in self_check.CHECKS:
         problem = trust.check(name, cpu, torch.float32)
@@ -575,6 +592,7 @@ with testing.require():
     for name in ("spatial_attention", "temporal_attention", "cross_attention", "causal_conv3d"):
         assert "result 1 differs by" in trust.check(name, cpu, torch.bfloat16), name
     assert trust.check("gate_residual", cpu, torch.bfloat16) is None
+print(*launched)
 """
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -584,6 +602,13 @@ with testing.require():
         check=False,
     )
     assert run.returncode == 0, run.stderr
+    kernels = {
+        f"{path.stem}.{name}"
+        for path in (verified.PACKAGE / "kernels").glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
+    }
+    assert len(kernels) > 20
+    assert set(run.stdout.split()) == kernels  # a check reaches every kernel of its op
 
 
 class Native:
