@@ -59,9 +59,10 @@ def _spatial_attention(new: New) -> Any:
 
 def _temporal_attention(new: New) -> Any:
     weights = new(72), new(72)
-    # Few frames go several patches to a tile, more have a tile of their own.
-    few = functional.temporal_attention(new(1, 5, 3, 3, 2, 72), *weights, _table(new))
-    return few, functional.temporal_attention(new(1, 19, 2, 3, 2, 72), *weights, _table(new, 19))
+    # Few frames go several patches to a tile, more have their own, and many take several tiles.
+    shapes = ((1, 5, 3, 3, 2, 72), (1, 19, 2, 3, 2, 72), (1, 70, 1, 3, 1, 72))
+    tables = {shape: _table(new, shape[1]) for shape in shapes}
+    return [functional.temporal_attention(new(*s), *weights, tables[s]) for s in shapes]
 
 
 def _cross_attention(new: New) -> Any:
@@ -75,9 +76,13 @@ def _groupnorm_silu(new: New) -> Any:
 
 
 def _causal_conv3d(new: New) -> Any:
-    video, image = new(1, 16, 3, 5, 7), new(2, 16, 5, 7)
-    y = functional.causal_conv3d(video, new(16, 16, 3, 3, 3), new(16), residual=video)
-    return y, functional.causal_conv3d(image, new(8, 16, 3, 3), new(8), stride=(2, 2))
+    # No gradients: they are the library's, and on a GPU in TF32.
+    shapes = ((1, 16, 3, 5, 7), (16, 16, 3, 3, 3), (16,), (2, 16, 5, 7), (8, 16, 3, 3), (8,))
+    video, filters, bias, image, *others = (new(*shape).detach() for shape in shapes)
+    statistics = new(1, 4, 2).detach().to(torch.promote_types(video.dtype, torch.float32))
+    normed = functional.causal_conv3d(video, filters, norm=(statistics, bias, bias))
+    y = functional.causal_conv3d(video, filters, bias, residual=video)
+    return y, normed, functional.causal_conv3d(image, *others, stride=(2, 2))
 
 
 def _patchify(new: New) -> Any:

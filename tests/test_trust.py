@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -576,8 +577,13 @@ def test_triton_kernels_pass_and_the_interpreter_is_caught() -> None:
     pytest.importorskip("triton")
     code = """
 import torch
+from triton.runtime.interpreter import GridExecutor
 from opensora import self_check, testing, trust
-cpu = torch.device("cpu")
+cpu, launch, launched = torch.device("cpu"), GridExecutor.__call__, set()
+def note(self, *args, **kwargs):
+    launched.add(f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}")
+    return launch(self, *args, **kwargs)
+GridExecutor.__call__ = note
 with testing.require():
     for name in self_check.CHECKS:
         problem = trust.check(name, cpu, torch.float32)
@@ -585,6 +591,7 @@ with testing.require():
     for name in ("spatial_attention", "temporal_attention", "cross_attention", "causal_conv3d"):
         assert "result 1 differs by" in trust.check(name, cpu, torch.bfloat16), name
     assert trust.check("gate_residual", cpu, torch.bfloat16) is None
+print(*launched)
 """
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -594,3 +601,10 @@ with testing.require():
         check=False,
     )
     assert run.returncode == 0, run.stderr
+    kernels = {
+        f"{path.stem}.{name}"
+        for path in (verified.PACKAGE / "kernels").glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
+    }
+    assert len(kernels) > 20
+    assert set(run.stdout.split()) == kernels  # a check reaches every kernel of its op
