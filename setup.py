@@ -131,6 +131,12 @@ def missing_cuda() -> str | None:
 class BuildKernels(build_ext):
     """Run CMake and put its libraries where setuptools wants the extensions."""
 
+    def run(self) -> None:
+        """Build; where this is all that runs (`build_ext --inplace`), say what is left out."""
+        if not NOTES:
+            note(ROOT / "opensora", {"_C": REASON, "_C_cuda": CUDA_REASON})
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         """Build one library; in mode auto a failure costs its kernels, not the installation."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -201,7 +207,7 @@ def note(package: Path, found: dict[str, str | None]) -> None:
         skipped = f"compiled {' and '.join(kernels)} kernels skipped: {reason}. {instead}."
         print(f"opensora: {skipped}", file=sys.stderr)
     NOTES.update(found)
-    values = {"skipped": NOTES["_C"], "skipped_cuda": NOTES["_C_cuda"]}
+    values = {"skipped": NOTES.get("_C", REASON), "skipped_cuda": NOTES.get("_C_cuda", CUDA_REASON)}
     write(package / "_build.json", values)
 
 
