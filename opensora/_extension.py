@@ -45,16 +45,27 @@ def _load(path: Path) -> str | None:
 path: str | None = _load(
     Path(os.environ.get("OPENSORA_LIBRARY") or str(files("opensora") / LIBRARY))
 )
-cuda_path: str | None = (
-    None if torch.version.cuda is None else _load(Path(str(files("opensora") / CUDA_LIBRARY)))
-)
+cuda_path: str | None = None
+_cuda_problem: str | None = None
+if torch.version.cuda is not None:
+    try:
+        cuda_path = _load(Path(str(files("opensora") / CUDA_LIBRARY)))
+    except ImportError as error:  # it serves only who asks for it, so it must not stop the others
+        _cuda_problem = str(error)
 
 
 def why_no_cuda() -> str:
     """Say why no CUDA kernels in C++ are loaded, and what would change it."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
+    if _cuda_problem is not None:
+        return _cuda_problem
     return _note("skipped_cuda") or f"{CUDA_LIBRARY} is not in {PACKAGE}"
+
+
+def cuda_is_broken() -> bool:
+    """Tell whether there is a library of CUDA kernels that cannot be loaded."""
+    return _cuda_problem is not None
 
 
 def cuda_version() -> str:

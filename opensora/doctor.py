@@ -109,6 +109,8 @@ def main() -> int:
     print(f"opensora {opensora.__version__}  {versions}  {platform.system()}")
     print(f"compiled kernels: {built}")
     cuda = f"none: {_extension.why_no_cuda()}" if _extension.cuda_path is None else LOADED
+    if _extension.cuda_is_broken():
+        cuda, works = f"WRONG  {_extension.why_no_cuda()}", False
     print(f"CUDA kernels in C++: {cuda}")
     failed = sum(_examine(device) for device in devices)
     for line in advice():

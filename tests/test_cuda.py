@@ -102,3 +102,32 @@ def test_the_library_loads_without_a_gpu() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("library", [None, b"no library"], ids=["missing", "broken"])
+def test_a_library_that_cannot_be_loaded_stops_nobody_else(
+    library: bytes | None, tmp_path: Path
+) -> None:
+    """Plant a torch with CUDA, and a copy of the package whose CUDA library is not one."""
+    for name in ("opensora", "kernels"):
+        skipped = shutil.ignore_patterns("assets", "_C_cuda*", "__pycache__", "kernels")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=skipped)
+    (tmp_path / "opensora/kernels").symlink_to("../kernels")
+    if library is not None:
+        (tmp_path / "opensora/_C_cuda.abi3.so").write_bytes(library)
+    code = (
+        "import torch; torch.version.cuda = '13.0';"
+        "from opensora import _extension, doctor; import opensora.functional;"
+        "print(_extension.cuda_is_broken(), _extension.why_no_cuda()); print(doctor.main())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    first, *_, last = run.stdout.splitlines()
+    if library is None:
+        assert re.match(r"False (nothing was built|when this was installed|_C_cuda)", first)
+        assert last == "0"
+    else:
+        assert first.startswith("True cannot load the compiled kernels")
+        assert last == "1"
