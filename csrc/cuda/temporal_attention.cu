@@ -45,13 +45,13 @@ struct Plan {
 // 128, and shared memory so that an SM holds three blocks, where one head leaves room.
 template <class T, int D>
 HOST_DEVICE Plan plan_of(int frames, int heads) {
-  constexpr int64_t THIRD = 75 << 10;
+  constexpr int64_t THIRD = 75 << 10;  // of 228 KiB, less one that the system takes of each block
   Plan plan{};
   plan.wide = sizeof(T) == 2 && frames > 16 && frames <= 96;
   const int64_t row = FRAME_BYTES<T, D> + (plan.wide ? WIDE_BYTES<D> : 0);
   for (plan.group = 1; plan.group < heads; ++plan.group) {
     const int64_t next = static_cast<int64_t>(plan.group + 1) * frames;
-    if (next > 128 || next * row > THIRD) break;
+    if (next > MOST_THREADS || 2 * D * 4 + next * row > THIRD) break;
   }
   while (heads % plan.group != 0) --plan.group;
   const int tasks = plan.group * frames;
