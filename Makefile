@@ -56,6 +56,11 @@ sanitize: .venv/.test
 	  LD_PRELOAD="$$(echo $$libraries)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  OPENSORA_LIBRARY=build/sanitize/_C.abi3.so OMP_NUM_THREADS=2 \
 	  $(PY) -m pytest -q tests/ops -p no:cacheprovider -k "C++ and not compiles" $(ARGS)
+	@echo 'CUDA kernels, emulated (a warning about stacks is about the emulator, which changes them)'
+	@for harness in csrc/cuda/harness/*.cu; do \
+	  $${CXX:-c++} -std=c++17 -O2 -g1 -U_FORTIFY_SOURCE -fsanitize=address,undefined \
+	    -fno-sanitize-recover=undefined -xc++ $$harness -o build/sanitize/harness && \
+	  ASAN_OPTIONS=detect_leaks=0 build/sanitize/harness || exit 1; done
 
 # The GPU machine's own Python, which has torch and Triton: nothing is installed.
 gpu:
@@ -72,7 +77,7 @@ help:
 	@echo 'make benchmark [ARGS="-k rms"] every kernel under pytest-benchmark'
 	@echo 'make static                    gate the resources of every Triton and CUDA kernel, compiled'
 	@echo 'make counted                   launches, bytes and graphs of a transformer block'
-	@echo 'make sanitize                  C++ kernels with address and undefined-behaviour checks'
+	@echo 'make sanitize                  C++ kernels, and emulated CUDA, with address and undefined-behaviour checks'
 	@echo 'make gpu                       check, then time every kernel on this GPU; installs nothing'
 	@echo 'make clean                     remove .venv and everything built'
 	@echo 'PYTHON=python3.12              another interpreter; OPENSORA_BUILD: see setup.py'
