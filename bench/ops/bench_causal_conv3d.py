@@ -14,6 +14,7 @@ from torch import Tensor
 from bench.cases import Arguments, Case
 from bench.shapes import COMPILED_CONVOLUTIONS, CONVOLUTIONS, CPU, SMALL_CONVOLUTION
 from bench.static import Static
+from opensora import _extension
 from opensora.functional import causal_conv3d, groupnorm_silu
 from opensora.kernels import causal_conv3d as triton_kernels
 from opensora.ops import causal_conv3d as op
@@ -58,6 +59,13 @@ def _two_passes(x: Any, weight: Any, bias: Any, residual: Any, norm: Any, stride
     return causal_conv3d(normed, weight, bias, stride=stride, residual=residual)
 
 
+def _with_statistics(x: Any, *arguments: Any) -> Any:
+    """Take the next norm's statistics too, as `_two_passes` takes this one's: a VAE's chain."""
+    if not x.is_cuda or _extension.cuda_path is None:
+        raise NotImplementedError("csrc/cuda alone has it")
+    return torch.ops.opensora.causal_conv3d_with_statistics(x, *arguments, GROUPS, 1e-6)
+
+
 def _channels_first(*arguments: Any) -> Any:
     """Run the library's convolution on its other layout, copies into it included."""
     dense = [t.contiguous() if isinstance(t, Tensor) else t for t in arguments]
@@ -85,7 +93,11 @@ CASES: dict[str, Case] = {
         _run,
         op.reference,
         flops=_flops(CONVOLUTIONS["256 wide"]),
-        peers={"C++": op._forward.native, "groupnorm_silu, then this": _two_passes},
+        peers={
+            "C++": op._forward.native,
+            "C++, with statistics": _with_statistics,
+            "groupnorm_silu, then this": _two_passes,
+        },
         check=_arguments(SMALL_CONVOLUTION, True),
     )
 }
