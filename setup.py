@@ -134,16 +134,21 @@ class BuildKernels(build_ext):
     def run(self) -> None:
         """Build; where this is all that runs (`build_ext --inplace`), say what is left out."""
         if not NOTES:
-            note(ROOT / "opensora", {"_C": REASON, "_C_cuda": CUDA_REASON})
+            note({"_C": REASON, "_C_cuda": CUDA_REASON})
         super().run()
+        package = ROOT / "opensora" if self.inplace else Path(self.build_lib, "opensora")
+        write(package / "_build.json", {"skipped": NOTES["_C"], "skipped_cuda": NOTES["_C_cuda"]})
+        for name, reason in NOTES.items():
+            if reason:  # an earlier build's library may not fit these schemas
+                (package / f"{name}.abi3.so").unlink(missing_ok=True)
 
     def build_extension(self, ext: Extension) -> None:
         """Build one library; in mode auto a failure costs its kernels, not the installation."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        work = Path(self.build_temp).resolve() / "cmake"
-        cmake, ninja = find_tool("cmake"), find_tool("ninja")
         name = ext.name.rpartition(".")[2]
-        nvcc = "" if CUDA_REASON else find_nvcc()
+        work = Path(self.build_temp).resolve() / name  # apart: one may fail
+        cmake, ninja = find_tool("cmake"), find_tool("ninja")
+        nvcc = find_nvcc() if ext.name == CUDA_LIBRARY else ""
         configure = [
             cmake,
             "-S",
@@ -162,8 +167,8 @@ class BuildKernels(build_ext):
             print(f"opensora: {error}", file=sys.stderr)
             if BUILD == "require":
                 sys.exit("OPENSORA_BUILD=require, but the build failed: its output is above")
-            target.unlink(missing_ok=True)  # an earlier build's: it may not fit these schemas
-            note(target.parent, {name: "the build failed (pip install -v shows its output)"})
+            target.unlink(missing_ok=True)
+            note({name: "the build failed (pip install -v shows its output)"})
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         # Replaced, not overwritten: a running process may have the old library mapped.
@@ -188,15 +193,16 @@ class BuildPython(build_py):
         if not self.editable_mode:
             write(package / "verified.json", verified())
         NOTES.clear()
-        note(package, {"_C": REASON, "_C_cuda": CUDA_REASON})
+        note({"_C": REASON, "_C_cuda": CUDA_REASON})
+        write(package / "_build.json", {"skipped": REASON, "skipped_cuda": CUDA_REASON})
 
 
 #: Library -> why it is left out, or None.
 NOTES: dict[str, str | None] = {}
 
 
-def note(package: Path, found: dict[str, str | None]) -> None:
-    """Print what is left out, why, and what serves instead; note it for `opensora doctor`."""
+def note(found: dict[str, str | None]) -> None:
+    """Print what is left out, why, and what serves instead."""
     kinds = {"_C": "CPU", "_C_cuda": "CUDA"}
     reasons: dict[str, list[str]] = {}
     for name, reason in found.items():
@@ -207,8 +213,6 @@ def note(package: Path, found: dict[str, str | None]) -> None:
         skipped = f"compiled {' and '.join(kernels)} kernels skipped: {reason}. {instead}."
         print(f"opensora: {skipped}", file=sys.stderr)
     NOTES.update(found)
-    values = {"skipped": NOTES.get("_C", REASON), "skipped_cuda": NOTES.get("_C_cuda", CUDA_REASON)}
-    write(package / "_build.json", values)
 
 
 def verified() -> dict[str, object]:
@@ -250,7 +254,9 @@ setup(
     package_dir={"opensora.kernels": "kernels"},
     package_data={"opensora": ["py.typed", "assets/**/*"]},
     entry_points={"console_scripts": ["opensora = opensora.__main__:main"]},
-    ext_modules=[Extension(name, sources=[], py_limited_api=True) for name in libraries],
+    ext_modules=[
+        Extension(name, sources=[], py_limited_api=True, optional=True) for name in libraries
+    ],
     cmdclass={"build_ext": BuildKernels, "build_py": BuildPython},
     options={"bdist_wheel": {} if REASON else {"py_limited_api": "cp311"}},
     zip_safe=False,

@@ -185,6 +185,31 @@ def test_a_wheel_without_kernels_says_why(distribution: Distribution) -> None:
     assert note == {"skipped": reason, "skipped_cuda": reason}
 
 
+def test_a_failed_build_costs_its_kernels_alone(unpacked: Path) -> None:
+    """Build in place by a compiler that fails; an earlier build's library must go."""
+    library = unpacked / "opensora/_C.abi3.so"
+    for mode in ("auto", "require"):
+        library.touch()
+        run = subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+            cwd=unpacked,
+            env={**os.environ, "CXX": shutil.which("false") or "false", "OPENSORA_BUILD": mode},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if mode == "require":
+            assert run.returncode != 0
+            assert "OPENSORA_BUILD=require, but the build failed" in run.stderr
+            continue
+        assert run.returncode == 0, run.stderr
+        assert run.stderr.count("compiled CPU kernels skipped: the build failed") == 1
+        assert not library.exists()
+        note = json.loads((unpacked / "opensora/_build.json").read_text())
+        assert note["skipped"].startswith("the build failed")
+    library.unlink()
+
+
 def test_the_wheel_carries_what_gpus_verified(distribution: Distribution) -> None:
     shipped = json.loads(distribution.wheel["opensora/verified.json"])
     assert shipped["a-gpu"] == RECORD
