@@ -52,6 +52,7 @@ struct Vec {
   Floats a, b;
 };
 constexpr int64_t WIDTH = 2 * BYTES / 4;
+constexpr int64_t LANES = BYTES / 4;
 
 inline Vec operator+(Vec v, Vec w) { return {v.a + w.a, v.b + w.b}; }
 inline Vec operator-(Vec v, Vec w) { return {v.a - w.a, v.b - w.b}; }
@@ -59,6 +60,12 @@ inline Vec operator*(Vec v, Vec w) { return {v.a * w.a, v.b * w.b}; }
 inline Vec operator+(Vec v, float s) { return {v.a + s, v.b + s}; }
 inline Vec operator-(Vec v, float s) { return {v.a - s, v.b - s}; }
 inline Vec operator*(Vec v, float s) { return {v.a * s, v.b * s}; }
+
+inline Bits lane_numbers() {
+  Bits lane;
+  for (int64_t i = 0; i < LANES; ++i) lane[i] = i;
+  return lane;
+}
 
 // Combine the lanes of a vector by halves: four steps, where one lane after the other takes
 // sixteen.
@@ -71,19 +78,51 @@ inline __attribute__((always_inline)) float reduce(Floats v, Combine combine) {
     v = combine(v, other);
   }
 #else
-  Bits lane;
-  for (int64_t i = 0; i < BYTES / 4; ++i) lane[i] = i;
 #pragma GCC unroll 4
   for (uint32_t half = BYTES / 8; half > 0; half /= 2) {
-    v = combine(v, __builtin_shuffle(v, lane ^ half));
+    v = combine(v, __builtin_shuffle(v, lane_numbers() ^ half));
   }
 #endif
   return v[0];
 }
 
-inline float sum(Floats v) {
-  return reduce(v, [](Floats one, Floats other) { return one + other; });
+struct Add {
+  Floats operator()(Floats one, Floats other) const { return one + other; }
+};
+struct Larger {
+  Floats operator()(Floats one, Floats other) const { return one > other ? one : other; }
+};
+
+// Reduce each of LANES vectors; lane i of the result is reduce(v[i]), with a quarter of the steps.
+template <class Combine>
+__attribute__((noinline)) Floats reduce_each(Floats* v, Combine combine) {
+#pragma GCC unroll 4
+  for (int64_t half = LANES / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < half; ++i) {
+      // Lanes with this bit go on with the second vector, the others with the first one.
+#if defined(__clang__)
+      Floats one, other;
+      for (int64_t l = 0; l < LANES; ++l) {
+        one[l] = l & half ? v[i + half][l] : v[i][l];
+        other[l] = l & half ? v[i + half][l ^ half] : v[i][l ^ half];
+      }
+#else
+      Bits stay, cross;
+      for (int64_t l = 0; l < LANES; ++l) {
+        stay[l] = l & half ? LANES + l : l;
+        cross[l] = l & half ? LANES + (l ^ half) : l ^ half;
+      }
+      const Floats one = __builtin_shuffle(v[i], v[i + half], stay);
+      const Floats other = __builtin_shuffle(v[i], v[i + half], cross);
+#endif
+      v[i] = combine(one, other);
+    }
+  }
+  return v[0];
 }
+
+inline float sum(Floats v) { return reduce(v, Add{}); }
 
 inline float sum(Vec v) { return sum(v.a + v.b); }
 
@@ -96,7 +135,13 @@ inline Vec widened_pairs(Bits pairs) {
   return {(Floats)(pairs << 16), (Floats)(pairs & 0xffff0000u)};
 }
 
-inline Vec load(const Bf16* from) { return widened_pairs(*(const BitsAt*)from); }
+inline Vec load(const Bf16* from) {
+  Bits pairs = *(const BitsAt*)from;
+#if defined(__x86_64__)
+  asm("" : "+v"(pairs));  // load once: the compiler would rather read it twice than keep it
+#endif
+  return widened_pairs(pairs);
+}
 
 inline void store(float* to, Vec v) {
   FloatsAt* at = (FloatsAt*)to;

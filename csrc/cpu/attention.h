@@ -15,7 +15,7 @@ namespace {
 // How to prepare a head, called through pointers: the loops around it are compiled once per dtype.
 template <class T>
 struct Prepare {
-  void (*forward)(const T*, T*, const Head&);
+  void (*forward)(const T*, int64_t, T*, int64_t, int64_t, const Head&);
   void (*backward)(const float*, const T*, T*, float*, int64_t, const Head&);
 };
 
@@ -148,9 +148,7 @@ class Flash {
     const Head head = head_of(rules_, 0, 1);
     for (int64_t first = 0; first < count; first += LANES) {
       const int64_t rows = first + LANES < count ? LANES : count - first;
-      for (int64_t r = 0; r < rows; ++r) {
-        prepare_.forward(k + (first + r) * stride, (T*)(rows_ + r * words_), head);
-      }
+      prepare_.forward(k + first * stride, stride, (T*)rows_, words_ * PER_WORD<T>, rows, head);
       transpose(rows_, words_, kt_ + first / KEYS * words_ * KEYS + first % KEYS, KEYS, LANES,
                 words_);
     }
@@ -167,9 +165,7 @@ class Flash {
     const int64_t width = columns_.width();
     for (int64_t first = 0; first < count; first += ROWS) {
       const int64_t rows = first + ROWS < count ? ROWS : count - first;
-      for (int64_t r = 0; r < rows; ++r) {
-        prepare_.forward(q + (first + r) * stride, (T*)(rows_ + r * words_), head);
-      }
+      prepare_.forward(q + first * stride, stride, (T*)rows_, words_ * PER_WORD<T>, rows, head);
       float most[ROWS], total[ROWS];
       for (int64_t r = 0; r < ROWS; ++r) most[r] = -__builtin_inff(), total[r] = 0;
       __builtin_memset(o_, 0, sizeof(float) * ROWS * width);
@@ -328,6 +324,7 @@ class Gradients {
       }
       multiply_to<false>(words_of(q_, width_), kt_, rows, padded_, rules_.D, p_);
       multiply_to<false>(words_of(dy_, width_), vt_, rows, padded_, rules_.D, ds_);
+      softmax(p_, padded_, rows, count_, scale_);
       for (int64_t r = 0; r < rows; ++r) differentiate(p_ + r * padded_, ds_ + r * padded_);
       multiply_to<false>(words_of(ds_, padded_), k_, rows, width_, count_, dq_);
       multiply_to<true>(transposed(p_, padded_), dy_, count_, width_, rows, dv_);
@@ -352,13 +349,12 @@ class Gradients {
  private:
   void prepare(const T* x, float* to, int64_t position, int64_t part) {
     T prepared[MOST_COLUMNS];
-    prepare_.forward(x, prepared, head_of(rules_, position, part));
+    prepare_.forward(x, 0, prepared, 0, 1, head_of(rules_, position, part));
     widen(prepared, to, rules_.D);
   }
 
-  // Turn a row of scores into p, and one of dp into ds.
+  // Turn a row of dp into ds, p being known.
   void differentiate(float* p, float* ds) {
-    softmax(p, count_, scale_);
     // Between the last whole vector and `padded`, scores and dp are products with what was there.
     for (int64_t i = rounded_up(count_, LANES); i < padded_; ++i) p[i] = ds[i] = 0;
     Floats total{};

@@ -71,16 +71,18 @@ struct Wide {
   // Clear the lanes of the last Vec that the one before holds as well.
   static Vec fresh(Vec v, int64_t k, int64_t D) {
     if (k + 1 < count(D)) return v;
-    const int64_t twice = (count(D) * WIDTH - D) / 2;
-    Bits keep{};
-    for (int64_t i = 0; i < BYTES / 4; ++i) keep[i] = i < twice ? 0u : ~0u;
+    const Bits keep = (Bits)(lane_numbers() >= (uint32_t)((count(D) * WIDTH - D) / 2));
     return {(Floats)((Bits)v.a & keep), (Floats)((Bits)v.b & keep)};
   }
 
+  static Vec squares(const Vec* v, int64_t D) {
+    Vec total{};
+    each(D, [&](int64_t k) { total = total + fresh(v[k] * v[k], k, D); });
+    return total;
+  }
+
   static float reciprocal_rms(const Vec* v, const Head& h) {
-    Vec squares{};
-    each(h.D, [&](int64_t k) { squares = squares + fresh(v[k] * v[k], k, h.D); });
-    return 1.0f / __builtin_sqrtf(sum(squares) / h.D + h.eps);
+    return 1.0f / __builtin_sqrtf(sum(squares(v, h.D)) / h.D + h.eps);
   }
 
   static void turn(Vec* v, const Head& h, float sign) {
@@ -90,20 +92,98 @@ struct Wide {
     });
   }
 
-  __attribute__((flatten)) static void forward(const T* x, T* y, const Head& h) {
-    Vec v[MOST];
+  static void read(const T* x, Vec* v, const Head& h) {
     each(h.D, [&](int64_t k) { v[k] = load_pairs(x + place(k, h.D)); });
     if (h.cos != nullptr && h.legacy) turn(v, h, 1);
-    if (h.even != nullptr) {
-      const float rstd = reciprocal_rms(v, h);
+  }
+
+  static void write(T* y, const Vec* v, const Head& h) {
+    each(h.D, [&](int64_t k) { store_pairs(y + place(k, h.D), v[k]); });
+  }
+
+  static void normalise(const T* x, Vec* v, float rstd, const Head& h) {
+    each(h.D, [&](int64_t k) { v[k] = rounded_to(x, v[k] * rstd); });
+  }
+
+  static void weigh(Vec* v, const Head& h) {
+    each(h.D, [&](int64_t k) {
+      const int64_t pair = place(k, h.D) / 2;
+      v[k] = v[k] * Vec{at(h.even + pair), at(h.odd + pair)};
+    });
+  }
+
+  // Return partial sums of a head's squares.
+  static Floats partial_squares(const T* x, const Head& h) {
+#if defined(__AVX512BF16__)
+    if (sizeof(T) == 2 && (h.cos == nullptr || !h.legacy)) {
+      Floats total{};
       each(h.D, [&](int64_t k) {
-        const int64_t pair = place(k, h.D) / 2;
-        const Vec n = rounded_to(x, v[k] * rstd);
-        v[k] = {n.a * at(h.even + pair), n.b * at(h.odd + pair)};
+        const Floats pairs = (Floats) * (const BitsAt*)(x + place(k, h.D));
+        const __m512bh words = (__m512bh)fresh(Vec{pairs, pairs}, k, h.D).a;
+        total = (Floats)_mm512_dpbf16_ps((__m512)total, words, words);
       });
+      return total;
+    }
+#endif
+    Vec v[MOST];
+    read(x, v, h);
+    const Vec total = squares(v, h.D);
+    return total.a + total.b;
+  }
+
+  static void forward_one(const T* x, T* y, const Head& h) {
+    Vec v[MOST];
+    read(x, v, h);
+    if (h.even != nullptr) {
+      normalise(x, v, reciprocal_rms(v, h), h);
+      weigh(v, h);
     }
     if (h.cos != nullptr && !h.legacy) turn(v, h, 1);
-    each(h.D, [&](int64_t k) { store_pairs(y + place(k, h.D), v[k]); });
+    write(y, v, h);
+  }
+
+  // Prepare `count` heads that stand at one position, x_step and y_step elements apart. Their norms
+  // are taken together: one by one, each head would wait for its own sum, root and quotient.
+  __attribute__((flatten)) static void forward(const T* x, int64_t x_step, T* y, int64_t y_step,
+                                               int64_t count, const Head& h) {
+    const bool rotated = h.cos != nullptr && !h.legacy;
+    if (count == 1 || h.even == nullptr) {
+      for (int64_t i = 0; i < count; ++i) forward_one(x + i * x_step, y + i * y_step, h);
+      return;
+    }
+    // What each column keeps of itself and, rotated, takes of its neighbour.
+    Vec kept[MOST], taken[MOST];
+    each(h.D, [&](int64_t k) {
+      const int64_t pair = place(k, h.D) / 2;
+      const Floats even = at(h.even + pair), odd = at(h.odd + pair);
+      const Floats c = rotated ? at(h.cos + pair) : Floats{} + 1.0f;
+      const Floats s = rotated ? at(h.sin + pair) : Floats{};
+      kept[k] = {even * c, odd * c}, taken[k] = {odd * s, even * s};
+    });
+    for (int64_t first = 0; first < count; first += LANES) {
+      const int64_t heads = first + LANES < count ? LANES : count - first;
+      Floats lanes[LANES];
+      float rstd[LANES];
+      for (int64_t i = 0; i < LANES; ++i) {
+        lanes[i] = i < heads ? partial_squares(x + (first + i) * x_step, h) : Floats{};
+      }
+      *(FloatsAt*)rstd = reduce_each(lanes, Add{});
+      for (float& r : rstd) r = 1.0f / __builtin_sqrtf(r / h.D + h.eps);
+      for (int64_t i = 0; i < heads; ++i) {
+        Vec v[MOST];
+        read(x + (first + i) * x_step, v, h);
+        normalise(x, v, rstd[i], h);
+        if (rotated) {
+          each(h.D, [&](int64_t k) {
+            const Vec n = v[k], own = kept[k], other = taken[k];
+            v[k] = {n.a * own.a - n.b * other.a, n.b * own.b + n.a * other.b};
+          });
+        } else {
+          weigh(v, h);
+        }
+        write(y + (first + i) * y_step, v, h);
+      }
+    }
   }
 
   // dweight: even columns, then, `pairs` further, odd ones. The gradient may be wider than x.
@@ -191,6 +271,11 @@ struct Narrow {
     write(y, v, h.D);
   }
 
+  static void forward(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t count,
+                      const Head& h) {
+    for (int64_t i = 0; i < count; ++i) forward(x + i * x_step, y + i * y_step, h);
+  }
+
   template <class G>
   static void backward(const G* grad, const T* x, T* dx, float* dweight, int64_t pairs,
                        const Head& h) {
@@ -235,18 +320,12 @@ template <class T, class With>
 void choose(int64_t D, With with) {
   const int64_t count = (D + WIDTH - 1) / WIDTH;
   if (D % 2 != 0 || D < WIDTH || count > Wide<T, 0>::MOST) return with(Narrow<T>{});
-  switch (count) {
-    case 2:
-      return with(Wide<T, 2>{});
-    case 3:
-      return with(Wide<T, 3>{});
-    case 4:
-      return with(Wide<T, 4>{});
-    case 5:
-      return with(Wide<T, 5>{});
-    default:
-      return with(Wide<T, 0>{});
-  }
+  // Heads of 32 to 128 columns: of 72 those of STDiT3, of 32 those of the embedded model.
+  constexpr int64_t SOME[] = {BYTES == 64 ? 1 : 2, BYTES == 64 ? 2 : 4, BYTES == 64 ? 3 : 5};
+  if (count == SOME[0]) return with(Wide<T, SOME[0]>{});
+  if (count == SOME[1]) return with(Wide<T, SOME[1]>{});
+  if (count == SOME[2]) return with(Wide<T, SOME[2]>{});
+  with(Wide<T, 0>{});
 }
 
 }  // namespace

@@ -11,8 +11,6 @@ namespace opensora {
 namespace OPENSORA_SIMD {
 namespace {
 
-constexpr int64_t LANES = BYTES / 4;
-
 // Rows of a product that are computed at once, with two vectors of columns: what the registers
 // hold.
 constexpr int64_t TILE_ROWS = BYTES == 64 ? 8 : 4;
@@ -142,7 +140,7 @@ inline float largest(float* x, int64_t n) {
     const Floats next = *(FloatsAt*)(x + i);
     most = next > most ? next : most;
   }
-  return reduce(most, [](Floats one, Floats other) { return one > other ? one : other; });
+  return reduce(most, Larger{});
 }
 
 // Replace x[0, n) by e^((x - top) * scale) and return the sum. The lanes past n become 0.
@@ -165,10 +163,45 @@ inline float exponentials(float* x, int64_t n, float top, float scale) {
   return sum(total);
 }
 
-// Replace x[0, n) by softmax(x * scale). The lanes past n become 0.
-inline void softmax(float* x, int64_t n, float scale) {
-  const float weight = 1 / exponentials(x, n, largest(x, n), scale);
-  for (int64_t i = 0; i < n; i += LANES) *(FloatsAt*)(x + i) = *(FloatsAt*)(x + i) * weight;
+// Replace rows x[0, n) that are `stride` apart by softmax(x * scale). The lanes past n become 0.
+// Rows are reduced together, and no vector is read that was just written in parts.
+inline void softmax(float* x, int64_t stride, int64_t rows, int64_t n, float scale) {
+  const int64_t whole = n / LANES * LANES;
+  const auto inside = lane_numbers() < (uint32_t)(n - whole);
+  for (int64_t first = 0; first < rows; first += LANES, x += LANES * stride) {
+    const int64_t count = rows - first < LANES ? rows - first : LANES;
+    Floats v[LANES] = {};
+    float each[LANES];
+    for (int64_t r = 0; r < count; ++r) {
+      const float* row = x + r * stride;
+      v[r] = Floats{} - __builtin_inff();
+      for (int64_t i = 0; i < whole; i += LANES) v[r] = Larger{}(*(const FloatsAt*)(row + i), v[r]);
+      if (whole == n) continue;
+      const Floats rest = inside ? *(const FloatsAt*)(row + whole) : Floats{} - __builtin_inff();
+      v[r] = Larger{}(rest, v[r]);
+    }
+    *(FloatsAt*)each = reduce_each(v, Larger{});
+    for (int64_t r = 0; r < count; ++r) {
+      float* row = x + r * stride;
+      v[r] = Floats{};
+      for (int64_t i = 0; i < whole; i += LANES) {
+        FloatsAt* at = (FloatsAt*)(row + i);
+        *at = exponential((*at - each[r]) * scale);
+        v[r] = v[r] + *at;
+      }
+      if (whole == n) continue;
+      FloatsAt* at = (FloatsAt*)(row + whole);
+      *at = inside ? exponential((*at - each[r]) * scale) : Floats{};
+      v[r] = v[r] + *at;
+    }
+    *(FloatsAt*)each = 1.0f / reduce_each(v, Add{});
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t i = 0; i < n; i += LANES) {
+        FloatsAt* at = (FloatsAt*)(x + r * stride + i);
+        *at = *at * each[r];
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ __attribute__((flatten)) void forward_tokens(const QkNormRope& a, int64_t begin,
     T* y = static_cast<T*>(a.out) + token * 3 * row;
     for (int64_t part = 0; part < 2; ++part) {
       const Head h = head_of(a.rules, token / a.inner % a.positions, part);
-      for (int64_t i = part * row; i < (part + 1) * row; i += a.D) Heads::forward(x + i, y + i, h);
+      Heads::forward(x + part * row, a.D, y + part * row, a.D, a.H, h);
     }
     if (!a.inplace) __builtin_memcpy(y + 2 * row, x + 2 * row, sizeof(T) * row);
   }
