@@ -31,7 +31,10 @@ from opensora.optim import Muon
 from opensora.pipeline import OpenSoraPipeline
 from opensora.program import run_program
 from opensora.schedulers.rflow import RFlow
-from opensora.training import EMA, TrainingRun, clip_gradients, learning_rate_factor
+from opensora.training.clip import clip_gradients
+from opensora.training.ema import EMA
+from opensora.training.run import TrainingRun
+from opensora.training.schedule import learning_rate_factor
 
 # Matrices that are tables or face the data: AdamW takes them.
 ADAMW_NAMES = (

@@ -31,7 +31,10 @@ from opensora.models.vae import VideoAutoencoder, VideoAutoencoderConfig
 from opensora.models.vae.video import SPATIAL_SCALE
 from opensora.optim import Muon
 from opensora.program import run_program
-from opensora.training import EMA, TrainingRun, clip_gradients, learning_rate_factor
+from opensora.training.clip import clip_gradients
+from opensora.training.ema import EMA
+from opensora.training.run import TrainingRun
+from opensora.training.schedule import learning_rate_factor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,9 @@ from opensora.pipeline import OpenSoraPipeline
 from opensora.train import TrainConfig, read_buckets, train
 from opensora.train import main as train_main
 from opensora.train_vae import STAGES, TrainVAEConfig, draw_batch, stage_of, train_vae
-from opensora.training import EMA, TrainingRun, learning_rate_factor
+from opensora.training.ema import EMA
+from opensora.training.run import TrainingRun
+from opensora.training.schedule import learning_rate_factor
 
 VAE_MODEL = {
     "vae_2d": {

@@ -6,6 +6,7 @@ theirs.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from bench.static import Static
 from opensora.functional import qk_norm_rope, temporal_attention
 from opensora.kernels import temporal_attention as triton_kernels
 from opensora.nn import RotaryEmbedding
+from opensora.ops import _heads
 from opensora.ops import temporal_attention as op
 from opensora.testing import randn
 
@@ -48,6 +50,23 @@ def _with(attend: peers.Attention) -> Any:
     return run
 
 
+@cache
+def _compiled_norms() -> Any:
+    def prepare(qkv: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: float) -> Any:
+        q, k, v = qkv.permute(3, 0, 2, 4, 1, 5).unbind(0)  # [B, S, H, T, D]
+        q = _heads.prepare(q, q_weight, cos, sin, False, eps).to(qkv.dtype)
+        k = _heads.prepare(k, k_weight, cos, sin, False, eps).to(qkv.dtype)
+        return tuple(t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))
+
+    return torch.compile(prepare, dynamic=False)
+
+
+def _flash_behind_inductor(qkv: Any, *arguments: Any) -> Any:
+    """Run SDPA behind norms and rotation that Inductor fused: what PyTorch offers without us."""
+    y = peers.ATTENTION["sdpa flash"](*_compiled_norms()(qkv, *arguments))
+    return y.unflatten(0, (qkv.shape[0], -1)).transpose(1, 2).flatten(-2).contiguous()
+
+
 def _backward_arguments(shape: str) -> Any:
     batch, frames, patches, heads, width = FRAMES[shape]
 
@@ -77,7 +96,7 @@ for _shape in FRAMES:
         _run,
         op.reference,
         _passes(_shape, 4),
-        peers={"C++": op._forward.native}
+        peers={"C++": op._forward.native, "inductor + sdpa flash": _flash_behind_inductor}
         | {name: _with(attend) for name, attend in peers.ATTENTION.items()},
     )
     CASES[f"backward {_shape}"] = Case(

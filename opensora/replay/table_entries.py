@@ -16,7 +16,7 @@ from opensora.captions import clean_caption, clean_prompt, plain_caption
 from opensora.models.vae import OPENSORA_VAE_V1_2, VideoAutoencoder
 from opensora.replay.recording import Mismatch
 from opensora.replay.tables import Entry, refused
-from opensora.training import learning_rate_factor
+from opensora.training.schedule import learning_rate_factor
 
 
 @dataclass(frozen=True)

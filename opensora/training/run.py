@@ -1,7 +1,6 @@
-"""Share what every training program needs: learning-rate schedule, EMA, log with ETA, resume.
+"""Keep the folder, the log with ETA and the resumable state of a run on one device.
 
-One device for now; the state of a run is one file, written atomically and read with
-``weights_only=True``.
+The state is one file, written atomically and read with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -10,66 +9,15 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from opensora.errors import NonFiniteError, UsageError, WeightsError
-
-
-def learning_rate_factor(step: int, total: int, warmup: int, decay: float) -> float:
-    """Compute the factor on the base learning rate: linear warm-up, constant, linear to zero.
-
-    Args:
-        step: Zero-based step about to be taken.
-        total: Steps of the run.
-        warmup: Steps of the warm-up; the factor is (step + 1) / (warmup + 1) there.
-        decay: Fraction of the run, at its end, over which the factor falls to zero.
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    left = (total - step) / max(1.0, decay * total)
-    return min(1.0, left)
-
-
-class EMA:
-    """Keep float32 exponential moving averages of all parameters and float buffers.
-
-    The decay warms up: after n updates it is min(decay, (1 + n) / (10 + n)). A tensor that goes by
-    two names (T5's embedding) is held once: swapping it twice would not give it back.
-    """
-
-    def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
-        self.modules, self.decay, self.updates = modules, decay, 0
-        self.state = {key: value.detach().float().clone() for key, value in self._values()}
-
-    def _values(self) -> Iterator[tuple[str, Tensor]]:
-        seen = set()
-        for name, module in self.modules.items():
-            for key, value in module.state_dict().items():
-                if value.is_floating_point() and value.data_ptr() not in seen:
-                    seen.add(value.data_ptr())
-                    yield f"{name}.{key}", value
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the averages towards the present values."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for key, value in self._values():
-            self.state[key].lerp_(value.float(), 1 - decay)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the averages with the modules' values; a second call changes back."""
-        for key, value in self._values():
-            held = value.float().clone()
-            value.copy_(self.state[key])
-            self.state[key].copy_(held)
+from opensora.training.ema import EMA
 
 
 class TrainingRun:
@@ -191,11 +139,6 @@ class TrainingRun:
         torch.set_rng_state(state["torch_rng"])
         self._first = int(state["step"])
         return self._first
-
-
-def clip_gradients(parameters: Iterable[Tensor], limit: float) -> float:
-    """Scale gradients down to a total norm of at most `limit`; returns the norm before."""
-    return float(nn.utils.clip_grad_norm_(parameters, limit))
 
 
 def _clock(seconds: float) -> str:

@@ -1,0 +1,1 @@
+"""Run models on several processes: the mesh, sequence parallelism, checkpoints."""

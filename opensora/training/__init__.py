@@ -1,0 +1,1 @@
+"""Parts of training programs: schedules, averages, watchdogs, logs, validation."""
