@@ -25,7 +25,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from opensora.data.contact_sheet import save_contact_sheet
-from opensora.data.shapes import Scene, caption, combinations, render, sample_scene
+from opensora.data.shape_captions import caption
+from opensora.data.shapes import Scene, combinations, render, sample_scene
 from opensora.data.shapes_judge import ATTRIBUTES, judge
 from opensora.errors import UsageError
 from opensora.pipeline import OpenSoraPipeline

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opensora.data.shapes import Scene, caption, combinations, render, sample_scene
+from opensora.data.shape_captions import caption
+from opensora.data.shapes import Scene, combinations, render, sample_scene
 from opensora.models.vae import VideoAutoencoder
 
 

@@ -2,7 +2,7 @@
 
 A clip shows one shape (circle, square, triangle, star) of one colour on a plain background, moving
 in one of eight directions or standing still. A scene fixes all of it; `render` draws the scene at
-any size and length; `caption` words it in one of some hundred thousand ways. A few combinations of
+any size and length; `opensora.data.shape_captions` words it. A few combinations of
 shape, colour and motion are held out of training, so that what a model composes can be told from
 what it memorised (`split`).
 
@@ -63,6 +63,7 @@ MOTIONS: dict[str, tuple[float, float]] = {
     "still": (0.0, 0.0),
 }
 CLIP_FRAMES = 17
+FPS = 8.0
 
 
 def _ring(count: int, radii: Sequence[float]) -> tuple[tuple[float, float], ...]:
@@ -83,7 +84,7 @@ POLYGONS: dict[str, tuple[tuple[float, float], ...]] = {
 }
 SHAPES = tuple(POLYGONS)
 # Half the extent of a shape of radius 1, for keeping it inside the frame.
-_EXTENT = {"circle": 1.0, "square": 0.89, "triangle": 1.26, "star": 1.42}
+EXTENT = {"circle": 1.0, "square": 0.89, "triangle": 1.26, "star": 1.42}
 
 Triple = tuple[str, str, str]
 HELD_OUT_PAIRS = (("star", "green"), ("square", "orange"))
@@ -157,23 +158,23 @@ def sample_scene(rng: random.Random, triple: Triple | None = None) -> Scene:
     )
 
 
-def track(scene: Scene, frames: int, height: int, width: int) -> Tensor:
+def track(scene: Scene, frames: int, height: int, width: int, fps: float = FPS) -> Tensor:
     """Compute the centre of the shape in every frame.
 
     Returns:
-        float32 [frames, 2], pixels (x, y). The first 17 frames stay inside the picture; past them
+        float32 [frames, 2], pixels (x, y). The first two seconds stay inside the picture; past them
         the shape goes on at the same speed and turns back at the border.
     """
     unit = min(height, width) / 64
-    extent = (scene.radius * _EXTENT[scene.shape] + 1.0) * unit
+    extent = (scene.radius * EXTENT[scene.shape] + 1.0) * unit
     direction = torch.tensor(MOTIONS[scene.motion])
     half = direction * scene.distance * unit / 2
     size = torch.tensor([width, height], dtype=torch.float32)
     room = (size / 2 - extent - half.abs()).clamp(min=0.0)
     middle = size / 2 + room * torch.tensor(scene.centre)
-    step = torch.arange(frames, dtype=torch.float32) / (CLIP_FRAMES - 1)
+    step = torch.arange(frames, dtype=torch.float32) / (CLIP_FRAMES - 1) * (FPS / fps)
     position = middle - half + step[:, None] * 2 * half
-    if frames > CLIP_FRAMES:
+    if float(step[-1]) > 1:
         low, span = (
             torch.minimum(torch.full((2,), extent), size / 2),
             (size - 2 * extent).clamp(min=1e-3),
@@ -223,6 +224,7 @@ def render(
     width: int = 64,
     window: tuple[int, int, int, int] | None = None,
     only: Sequence[int] | None = None,
+    fps: float = FPS,
 ) -> Tensor:
     """Draw a scene with anti-aliased edges.
 
@@ -233,155 +235,50 @@ def render(
         width: Of the clip, pixels.
         window: (top, left, height, width) of the part to draw; None draws all of it.
         only: Indices of the frames to draw; None draws all of them.
+        fps: Frames per second; at twice the rate a frame moves half as far.
 
     Returns:
         uint8 [frames, height, width, 3].
     """
-    top, left, rows, columns = window or (0, 0, height, width)
-    unit = min(height, width) / 64
-    position = track(scene, frames, height, width)
+    window = window or (0, 0, height, width)
+    alpha = cover(scene, track(scene, frames, height, width, fps), height, width, window, only)
+    foreground, background = torch.tensor(scene.rgb), torch.tensor(scene.background_rgb)
+    return (background + alpha * (foreground - background) + 0.5).to(torch.uint8)
+
+
+def cover(
+    scene: Scene,
+    position: Tensor,
+    height: int,
+    width: int,
+    window: tuple[int, int, int, int],
+    only: Sequence[int] | None = None,
+) -> Tensor:
+    """Compute how much of each pixel a shape covers on its way.
+
+    Args:
+        scene: Gives shape and radius.
+        position: What `track` returns.
+        height, width: Of the clip, pixels.
+        window, only: See `render`.
+
+    Returns:
+        float32 in [0, 1], [frames, rows, columns, 1].
+    """
+    top, left, rows, columns = window
     if only is not None:
         position = position[list(only)]
     x = torch.arange(left, left + columns, dtype=torch.float32) + 0.5
     y = torch.arange(top, top + rows, dtype=torch.float32) + 0.5
     dx = x[None, None, :] - position[:, 0, None, None]
     dy = y[None, :, None] - position[:, 1, None, None]
-    alpha = coverage(scene.shape, dx, dy, scene.radius * unit)[..., None]
-    foreground, background = torch.tensor(scene.rgb), torch.tensor(scene.background_rgb)
-    return (background + alpha * (foreground - background) + 0.5).to(torch.uint8)
-
-
-_COLOUR_WORDS = {"purple": ("purple", "purple", "violet"), "cyan": ("cyan", "cyan", "turquoise")}
-_SHAPE_WORDS = {
-    "circle": ("circle", "circle", "circle", "disc", "ball"),
-    "square": ("square", "square", "square", "box"),
-    "triangle": ("triangle",),
-    "star": ("star", "star", "star", "five-pointed star"),
-}
-_SIZE_WORDS = {
-    "small": ("small", "little", "tiny"),
-    "medium": ("medium", "medium-sized"),
-    "large": ("large", "big"),
-}
-_SPEED_WORDS = {"slow": ("slowly",), "normal": ("",), "fast": ("quickly", "fast")}
-_AXIS_WORDS = {
-    "right": ("right", "to the right", "rightwards", "from left to right", "towards the right"),
-    "left": ("left", "to the left", "leftwards", "from right to left", "towards the left"),
-    "up": ("up", "upwards", "upward", "to the top", "from bottom to top"),
-    "down": ("down", "downwards", "downward", "to the bottom", "from top to bottom"),
-}
-_STILL_WORDS = (
-    "standing still",
-    "staying still",
-    "not moving",
-    "that does not move",
-    "that stays in place",
-    "at rest",
-    "holding still",
-    "stationary",
-)
-_GOING = (
-    "moving",
-    "moving",
-    "moving",
-    "going",
-    "sliding",
-    "gliding",
-    "drifting",
-    "travelling",
-    "floating",
-    "flying",
-)
-_GOES = (
-    "moves",
-    "moves",
-    "moves",
-    "goes",
-    "slides",
-    "glides",
-    "drifts",
-    "travels",
-    "floats",
-    "flies",
-)
-_OPENINGS = (
-    ("a", 12),
-    ("", 3),
-    ("the", 1),
-    ("one", 1),
-    ("a video of a", 1),
-    ("a clip of a", 1),
-    ("there is a", 1),
-    ("an animation of a", 1),
-    ("this video shows a", 1),
-)
-
-
-def _direction(motion: str, rng: random.Random) -> str:
-    if "-" not in motion:
-        return rng.choice(_AXIS_WORDS[motion])
-    vertical, horizontal = motion.split("-")
-    upper, corner = ("upper", "top") if vertical == "up" else ("lower", "bottom")
-    return rng.choice(
-        (
-            f"{vertical} and to the {horizontal}",
-            f"{vertical} and {horizontal}",
-            f"diagonally {vertical} and {horizontal}",
-            f"to the {upper} {horizontal}",
-            f"towards the {corner} {horizontal}",
-            f"to the {corner} {horizontal} corner",
-            f"{vertical}-{horizontal}",
-            f"{vertical} {horizontal}",
-        )
-    )
-
-
-def caption(
-    scene: Scene, rng: random.Random, size_share: float = 0.4
-) -> tuple[str, tuple[str, ...]]:
-    """Word a scene; `size_share` is the probability that the text states the size.
-
-    Returns:
-        (text, names): `names` are the attributes that the text states, out of "shape", "colour",
-        "motion", "size", "background" and "speed".
-    """
-    names = ["shape", "colour", "motion"]
-    colour = rng.choice(_COLOUR_WORDS.get(scene.colour, (scene.colour,)))
-    subject = f"{colour} {rng.choice(_SHAPE_WORDS[scene.shape])}"
-    if rng.random() < size_share:
-        names.append("size")
-        subject = f"{rng.choice(_SIZE_WORDS[scene.size])} {subject}"
-    openings, weights = zip(*_OPENINGS, strict=True)
-    opening = rng.choices(openings, weights)[0]
-    text = f"{opening} {subject}".strip()
-    if opening.endswith("a") and subject[0] in "aeiou":
-        text = f"{opening}n {subject}"
-    if scene.motion == "still":
-        words = rng.choice(_STILL_WORDS)
-        if rng.random() < 0.3 and not opening.startswith(("there", "this")):
-            words = rng.choice(("stands still", "stays still", "does not move", "stays in place"))
-        text = f"{text} {words}"
-    else:
-        finite = rng.random() < 0.4 and not opening.startswith(("there", "this"))
-        words = f"{rng.choice(_GOES if finite else _GOING)} {_direction(scene.motion, rng)}"
-        adverb = rng.choice(_SPEED_WORDS[scene.speed]) if rng.random() < 0.4 else ""
-        if adverb:
-            names.append("speed")
-            words = f"{words} {adverb}" if rng.random() < 0.7 else f"{adverb} {words}"
-        text = f"{text} {words}"
-    if rng.random() < 0.5:
-        names.append("background")
-        word = "grey" if scene.background == "gray" and rng.random() < 0.4 else scene.background
-        place = f"{rng.choice(('on', 'on', 'against', 'over'))} a {word} background"
-        text = f"{place}, {text}" if rng.random() < 0.2 else f"{text} {place}"
-    if rng.random() < 0.2:
-        text += "."
-    return text, tuple(names)
+    return coverage(scene.shape, dx, dy, scene.radius * min(height, width) / 64)[..., None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a contact sheet: one clip a row, five of its frames, ordered by split and shape."""
     from opensora.data.contact_sheet import save_contact_sheet
+    from opensora.data.shape_captions import caption
 
     parser = argparse.ArgumentParser(
         prog="python -m opensora.data.shapes", description=main.__doc__

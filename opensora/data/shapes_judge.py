@@ -89,6 +89,52 @@ def _templates() -> tuple[Tensor, dict[str, float]]:
     return torch.stack(masks), ratios
 
 
+def judge_pair(clip: Tensor) -> tuple[Verdict, Verdict] | None:
+    """Judge a clip of two shapes of different colours; None if it does not show two.
+
+    Every pixel belongs to the nearer shape, and each is judged with the other painted over.
+
+    Args:
+        clip: uint8 [T, H, W, 3], T >= 2.
+
+    Returns:
+        The verdicts, in the order of the colours' places in their table.
+    """
+    pixels = clip.float()
+    frames, height, width, _ = pixels.shape
+    unit = min(height, width) / 64
+    background = _border(pixels).median(0).values
+    inside = (pixels - background).square().sum(-1).sqrt() > 60
+    core = -F.max_pool2d(-inside.float()[:, None], 3, 1, 1)[:, 0]
+    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
+    nearest = torch.cdist(pixels.flatten(0, 2), palette).argmin(1).view(frames, height, width)
+    cores = torch.stack([core * (nearest == i) for i in range(len(palette))])  # [C, T, H, W]
+    area = cores.sum((2, 3))
+    # Of a colour in passing, as at an edge, there is little, or none in most frames.
+    typical = area.median(1).values
+    found = sorted(typical.topk(2).indices.tolist())
+    if float(typical[found].min()) < 25 * unit**2:
+        return None
+    x, y = torch.arange(width) + 0.5, torch.arange(height) + 0.5
+    distances = []
+    for colour in found:
+        size, centre = _moments(cores[colour])
+        reach = (size / math.pi).sqrt()[:, None, None]
+        dx = x[None, None, :] - centre[:, 0, None, None]
+        dy = y[None, :, None] - centre[:, 1, None, None]
+        distances.append((dx.square() + dy.square()).sqrt() - reach)
+    first = (distances[0] < distances[1])[..., None]
+    one = torch.where(first, pixels, background).to(torch.uint8)
+    other = torch.where(first, background, pixels).to(torch.uint8)
+    return judge(one), judge(other)
+
+
+def _border(pixels: Tensor) -> Tensor:
+    """Return the pixels [*, 3] at the border of [T, H, W, 3]."""
+    sides = [pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]]
+    return torch.cat(sides, dim=1).reshape(-1, 3)
+
+
 def judge(clip: Tensor) -> Verdict:
     """Judge one clip.
 
@@ -101,10 +147,7 @@ def judge(clip: Tensor) -> Verdict:
     pixels = clip.float()
     frames, height, width, _ = pixels.shape
     unit = min(height, width) / 64
-    border = torch.cat(
-        [pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], dim=1
-    ).reshape(-1, 3)
-    background_rgb = border.median(0).values
+    background_rgb = _border(pixels).median(0).values
     distance = (pixels - background_rgb).square().sum(-1).sqrt()  # [T, H, W]
     # The object's own contrast sets the scale, so that its edge lies where it is half covered.
     contrast = distance.flatten(1).topk(max(1, int(60 * unit**2)), dim=1).values.median()

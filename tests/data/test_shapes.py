@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from opensora.data import shapes
+from opensora.data import shape_captions, shapes
 from opensora.data.shapes_judge import ATTRIBUTES, judge
 
 
@@ -76,7 +76,7 @@ def test_captions_name_what_they_say_they_name():
     rng = random.Random(3)
     texts = set()
     for scene in scenes(600):
-        text, names = shapes.caption(scene, rng)
+        text, names = shape_captions.caption(scene, rng)
         texts.add(text)
         assert {"shape", "colour", "motion"} <= set(names)
         words = {"background": (scene.background, "grey"), "size": shapes._SIZE_WORDS[scene.size]}
