@@ -3,9 +3,9 @@
 A ratio is **height:width**, as upstream: "9:16" is the landscape 1280x720, "16:9" the portrait
 720x1280. Sizes in code are (height, width); sizes in messages are width x height and say so.
 
-The tables are upstream's. Every named resolution keeps about the same pixel count over its ratios.
-Ratio keys are height / width to two decimals, but for a few entries that upstream names otherwise:
-"50:27" stands for 2.08, which is 25:12.
+The tables are upstream's but for 64p, 80p and 96p, the embedded model's. Every named resolution
+keeps about the same pixel count over its ratios. Ratio keys are height / width to two decimals, but
+for a few entries that upstream names otherwise: "50:27" stands for 2.08, which is 25:12.
 """
 
 from __future__ import annotations
@@ -70,6 +70,12 @@ _SQUARE_2880 = (
     "36x50 39x50 39x47 42x47 42x45 45x45 45x42 47x42 47x39 50x39 50x36 53x36 56x33 60x33 61x30 "
     "64x30 67x28 70x28 73x25 75x25 78x25 81x22 84x22 87x22 90x22"
 )
+#: Of the embedded model, ours: what its VAE and its patches divide.
+_EMBEDDED = {
+    "64p": {"0.60": (48, 80), "1.00": (64, 64), "1.67": (80, 48)},
+    "80p": {"0.67": (64, 96), "1.00": (80, 80), "1.50": (96, 64)},
+    "96p": {"0.62": (80, 128), "1.00": (96, 96), "1.60": (128, 80)},
+}
 _KEYS_2880 = {(22, 90): "0.25", (22, 87): "0.26", (22, 84): "0.27", (22, 81): "0.28"} | {
     (90, 22): "4.0"
 }
@@ -99,11 +105,12 @@ def _tables() -> dict[str, dict[str, tuple[int, int]]]:
         _KEYS_2880.get((h, w), str(round(h / w, 2))): (h * 64, w * 64)
         for h, w in _pairs(_SQUARE_2880)
     }
+    tables |= _EMBEDDED
     return dict(sorted(tables.items(), key=lambda item: _pixels(item[1])))
 
 
 def _pixels(table: dict[str, tuple[int, int]]) -> int:
-    height, width = table["0.56"] if "0.56" in table else table["1.0"]
+    height, width = next(table[key] for key in ("0.56", "1.0", "1.00") if key in table)
     return height * width
 
 

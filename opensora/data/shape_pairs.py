@@ -13,9 +13,9 @@ from torch import Tensor
 
 from opensora.data.shape_captions import describe, place
 from opensora.data.shapes import (
-    EXTENT,
     BACKGROUNDS,
     CLIP_FRAMES,
+    EXTENT,
     FPS,
     Scene,
     combinations,

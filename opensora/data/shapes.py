@@ -259,8 +259,10 @@ def cover(
     Args:
         scene: Gives shape and radius.
         position: What `track` returns.
-        height, width: Of the clip, pixels.
-        window, only: See `render`.
+        height: Of the clip, pixels.
+        width: Of the clip, pixels.
+        window: See `render`.
+        only: See `render`.
 
     Returns:
         float32 in [0, 1], [frames, rows, columns, 1].
