@@ -1,0 +1,226 @@
+"""Build or load the models of a training run, and turn batches into what they take.
+
+B batch, T frames, H x W pixels; latents are [B, C, t, h, w]; L text tokens, D their width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora.checkpoint import load_model
+from opensora.data.batch import Batch
+from opensora.devices import DTYPES
+from opensora.errors import UsageError
+from opensora.models.stdit import PRESETS, STDiT3, STDiT3Config, build_stdit
+from opensora.models.text_encoder import T5TextEncoder
+from opensora.models.vae import PRESETS as VAE_PRESETS
+from opensora.models.vae import VideoAutoencoder
+from opensora.pipeline_folder import pipeline_folder
+from opensora.pipeline_options import VAE_KEYS, model_options, text_options, vae_options
+from opensora.train_config import TrainConfig
+
+#: Keys of the model's dict that say what to train, not what the model is.
+FREEZING = ("only_train_temporal", "freeze_y_embedder")
+
+
+@dataclass
+class Models:
+    """Hold the models of a run; what is trained is in float32.
+
+    Attributes:
+        transformer: that is trained.
+        vae: frozen; None where the dataset holds latents.
+        text_encoder: frozen, or trained along; None where the dataset holds text states.
+        train_text: whether it is trained along.
+    """
+
+    transformer: STDiT3
+    vae: VideoAutoencoder | None
+    text_encoder: T5TextEncoder | None
+    train_text: bool
+
+    def trained(self) -> dict[str, nn.Module]:
+        """Return name -> module of what is saved in checkpoints."""
+        modules: dict[str, nn.Module] = {"transformer": self.transformer}
+        if self.train_text and self.text_encoder is not None:
+            modules["text_encoder"] = self.text_encoder.model
+        return modules
+
+    @torch.no_grad()
+    def latent(self, batch: Batch, device: torch.device) -> Tensor:
+        """Return the latents of a batch, float32 [B, C, t, h, w]; pixels are encoded, sampled."""
+        if batch.latent is not None:
+            return batch.latent.to(device, torch.float32)
+        assert batch.video is not None
+        if self.vae is None:
+            raise UsageError(
+                "the dataset holds pixels and there is no VAE: give vae, or load_video_features "
+                "with a dataset of latents"
+            )
+        z: Tensor = self.vae.encode(batch.video.to(device))
+        return z.float()
+
+    def text(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return text states [B, 1, L, D] and the mask int64 [B, L]."""
+        if batch.states is not None and batch.mask is not None:
+            # In training a caption is as long as the null text that may stand in for it.
+            rest = self.transformer.config.model_max_length - batch.states.shape[2]
+            states = nn.functional.pad(batch.states.to(device), (0, 0, 0, max(0, rest)))
+            return states, nn.functional.pad(batch.mask.to(device), (0, max(0, rest)))
+        if self.text_encoder is None:
+            raise UsageError(
+                "the dataset holds captions and there is no text encoder: give text_encoder, or "
+                "load_text_features with a dataset of text states"
+            )
+        captions = batch.text or []
+        if self.train_text:
+            return encode_captions(self.text_encoder, captions)
+        return self.text_encoder.encode(captions)
+
+
+def encode_captions(encoder: T5TextEncoder, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Encode captions with gradients, running the encoder on as many tokens as the longest needs.
+
+    Returns:
+        Text states [B, 1, L, D], L the encoder's max_length, zero past the longest caption, and
+        the mask int64 [B, L].
+    """
+    ids, mask = encoder.tokenize(captions)
+    length = min(ids.shape[1], math.ceil(int(mask.sum(1).max()) / 8) * 8)
+    states = encoder(ids[:, :length], mask[:, :length])
+    return nn.functional.pad(states, (0, 0, 0, ids.shape[1] - length)), mask
+
+
+def build_models(config: TrainConfig, device: torch.device) -> Models:
+    """Build and load what a configuration names; the transformer and what trains are float32.
+
+    Raises:
+        UsageError: an unknown type or key.
+        WeightsError: weights are missing, damaged or of another architecture.
+    """
+    frozen = DTYPES[config.dtype] if device.type == "cuda" else torch.float32
+    vae = None if config.load_video_features else _load_vae(config, frozen, device)
+    text, train_text = None, False
+    if not config.load_text_features:
+        text, train_text = _load_text(config, frozen, device)
+    transformer = _load_transformer(config).to(device).train()
+    _check_widths(transformer, vae, text, config)
+    return Models(transformer, vae, text, train_text)
+
+
+def precision(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context of the forward pass where the weights are not cast by FSDP2."""
+    if device.type != "cpu" or DTYPES[config.dtype] != torch.bfloat16:
+        return nullcontext()
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def _load_transformer(config: TrainConfig) -> STDiT3:
+    given = {k: v for k, v in (config.model or {}).items() if k not in FREEZING}
+    source = config.ckpt_path or given.get("from_pretrained")
+    options = model_options(given)
+    if not source:
+        return build_stdit(options)
+    folder = pipeline_folder(str(source))
+    architecture = None
+    if options.get("type") != "STDiT3" or len(options) > 1:
+        architecture = _architecture(options)
+    return load_model(
+        STDiT3,
+        folder or source,
+        subfolder="transformer" if folder else None,
+        config=architecture,
+        dtype=torch.float32,
+    )
+
+
+def _architecture(options: Mapping[str, Any]) -> STDiT3Config:
+    """Return what the checked keys of a model's dict describe."""
+    rest = {key: value for key, value in options.items() if key != "type"}
+    preset = PRESETS.get(options.get("type", "STDiT3"))
+    return STDiT3Config.from_dict({**(preset.to_dict() if preset else {}), **rest})
+
+
+def _load_vae(
+    config: TrainConfig, dtype: torch.dtype, device: torch.device
+) -> VideoAutoencoder | None:
+    if config.vae is None:
+        return None
+    options = vae_options(config.vae)
+    source = config.vae.get("from_pretrained")
+    if not source:
+        raise UsageError("vae.from_pretrained names no weights: give a folder, file or hub id")
+    folder = pipeline_folder(str(source))
+    vae = load_model(
+        VideoAutoencoder,
+        folder or source,
+        subfolder="vae" if folder else None,
+        config=None if folder else VAE_PRESETS.get(str(options.get("type"))),
+        dtype=dtype,
+        device=device,
+    )
+    for key in VAE_KEYS:
+        if key in options:
+            setattr(vae, key, options[key])
+    return vae.requires_grad_(False).eval()
+
+
+def _load_text(
+    config: TrainConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[T5TextEncoder | None, bool]:
+    if config.text_encoder is None:
+        return None, False
+    given = dict(config.text_encoder)
+    train = bool(given.pop("train", False))
+    if given.get("type") == "byt5":
+        built = {key: value for key, value in given.items() if key != "type"}
+        try:
+            encoder = T5TextEncoder.byt5(**built)
+        except TypeError as error:
+            raise UsageError(f"text_encoder: {error}") from error
+        return encoder.to(device), True
+    options = text_options(given)
+    source = given.get("from_pretrained")
+    if not source:
+        raise UsageError("text_encoder.from_pretrained names no weights: give a folder or hub id")
+    encoder = T5TextEncoder.from_pretrained(
+        pipeline_folder(str(source)) or source,
+        subfolder=options.get("subfolder"),
+        max_length=options.get("model_max_length"),
+        dtype=torch.float32 if train else dtype,
+        device=device,
+    )
+    return (encoder.train() if train else encoder.requires_grad_(False).eval()), train
+
+
+def _check_widths(
+    model: STDiT3,
+    vae: VideoAutoencoder | None,
+    text: T5TextEncoder | None,
+    config: TrainConfig,
+) -> None:
+    """Refuse parts that do not fit together, before any data is read."""
+    wanted = model.config
+    channels = config.vae_out_channels if vae is None else vae.latent_channels
+    if vae is not None and channels != wanted.in_channels:
+        raise UsageError(
+            f"the VAE has {channels} latent channels and the transformer takes "
+            f"{wanted.in_channels}: set model.in_channels, or another vae"
+        )
+    if text is not None and text.hidden_size != wanted.caption_channels:
+        raise UsageError(
+            f"the text encoder is {text.hidden_size} wide and the transformer takes "
+            f"{wanted.caption_channels}: set model.caption_channels, or another text_encoder"
+        )
+    if text is not None and text.max_length != wanted.model_max_length:
+        raise UsageError(
+            f"the text encoder gives {text.max_length} tokens and the transformer's null text has "
+            f"{wanted.model_max_length}: set text_encoder.model_max_length"
+        )

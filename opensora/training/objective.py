@@ -1,0 +1,101 @@
+"""Compute the training loss of a batch: a function of the weights, the seed and the batch alone.
+
+Timesteps, noise, given frames, dropped captions and the posteriors' samples are drawn after the
+generators were set from the seed and the batch's number. So losses do not depend on how many
+processes there are, on what was drawn before, or on whether the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opensora.data.batch import Batch
+from opensora.schedulers.rflow import RFlow
+from opensora.train_config import TrainConfig
+from opensora.training.models import Models, precision
+
+#: Given frames of a batch: (batch, latent frames, generator) -> bool [B, t], True where the model
+#: learns; None: everywhere.
+Masks = Callable[[int, int, random.Random], Tensor | None]
+
+
+@dataclass
+class Losses:
+    """Hold the losses of a batch.
+
+    Attributes:
+        loss: float32 [B], of every sample; with gradients.
+        t: float32 [B], its timestep.
+        tokens: patches of all samples together.
+    """
+
+    loss: Tensor
+    t: Tensor
+    tokens: int
+
+
+def batch_seed(seed: int, number: int) -> int:
+    """Return the seed of all that is random in a training step."""
+    digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
+
+
+class Objective:
+    """Compute the losses of batches.
+
+    Args:
+        config: of the run.
+        models: of the run.
+        scheduler: makes timesteps, noise and loss.
+        device: where the models are.
+        masks: chooses given frames; None gives none.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        models: Models,
+        scheduler: RFlow,
+        device: torch.device,
+        masks: Masks | None = None,
+    ) -> None:
+        self.config, self.models, self.scheduler = config, models, scheduler
+        self.device, self.masks = device, masks
+
+    def __call__(self, batch: Batch) -> Losses:
+        """Return the losses of a batch; all generators are set by it."""
+        torch.manual_seed(batch_seed(self.config.seed, batch.number))
+        z = self.models.latent(batch, self.device)
+        given = {name: value.to(self.device) for name, value in batch.conditions.items()}
+        if self.config.caption_fps is not None and batch.size.frames > 1:
+            given["fps"] = torch.full_like(given["fps"], self.config.caption_fps)
+        with precision(self.config, self.device):
+            y, mask = self.models.text(batch, self.device)
+            count, _, frames = z.shape[:3]
+            t = self.scheduler.sample_timesteps(
+                count,
+                height=given["height"],
+                width=given["width"],
+                num_frames=given["num_frames"],
+                device=z.device,
+            )
+            x_mask = None
+            if self.masks is not None:
+                rng = random.Random(batch_seed(self.config.seed, batch.number) + 1)
+                x_mask = self.masks(count, frames, rng)
+            losses = self.scheduler.training_losses(
+                self.models.transformer,
+                z,
+                {"y": y, "mask": mask, **given},
+                t=t,
+                mask=None if x_mask is None else x_mask.to(self.device),
+            )
+        pt, ph, pw = self.models.transformer.config.patch_size
+        patches = -(-frames // pt) * -(-z.shape[3] // ph) * -(-z.shape[4] // pw)
+        return Losses(losses["loss"].float(), t, count * patches)
