@@ -26,17 +26,11 @@ class TrainConfig:
     bucket_config: dict[Any, Any] | None = setting(  # noqa: RUF009
         None, "resolution -> frames -> (keep probability, batch size)"
     )
-    resolutions: dict[str, Any] | None = setting(  # noqa: RUF009
-        None, "further names of bucket_config: name -> ratio -> (height, width)"
-    )
     data_path: str | None = setting(
         None, "table of clips (dataset.data_path)", group=DATA, metavar="FILE"
     )
     batch_size: int | None = setting(
         None, "clips per batch, where there are no buckets", group=DATA, minimum=1
-    )
-    strict_buckets: bool = setting(
-        True, "Open-Sora's decisions: a clip must be longer than its bucket", group=DATA
     )
     load_video_features: bool = setting(False, "the dataset holds latents", group=DATA)
     load_text_features: bool = setting(False, "the dataset holds text states", group=DATA)

@@ -45,6 +45,9 @@ class ShapesDataset:
         UsageError: a size that is none.
     """
 
+    #: Clips are as long as their buckets.
+    strict_buckets = False
+
     def __init__(
         self,
         clips: Sequence[Sequence[int]] = ((17, 64, 64, 14336),),

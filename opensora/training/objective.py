@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,3 +99,23 @@ class Objective:
         pt, ph, pw = self.models.transformer.config.patch_size
         patches = -(-frames // pt) * -(-z.shape[3] // ph) * -(-z.shape[4] // pw)
         return Losses(losses["loss"].float(), t, count * patches)
+
+    def stand_in(self, batch: Batch) -> Batch:
+        """Return a batch of one blank clip, for a batch none of whose rows could be read.
+
+        All processes must take part in a step; this one's loss then gets a weight of zero.
+        """
+        told = {name: torch.ones(1) for name in ("num_frames", "height", "width", "fps", "ar")}
+        told["num_frames"] = torch.tensor([float(batch.size.frames)])
+        width = self.models.transformer.config
+        blank = replace(
+            batch,
+            names=["blank"],
+            latent=torch.zeros(1, width.in_channels, 1, 2, 2),
+            conditions=told,
+            text=[""],
+        )
+        if self.models.text_encoder is None:
+            blank.states = torch.zeros(1, 1, 1, width.caption_channels)
+            blank.mask = torch.ones(1, 1, dtype=torch.int64)
+        return blank
