@@ -84,7 +84,6 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._buffers: dict[str, Tensor] = {}
-        self._loaded: Path | None = None
         self._on_rank_0(self._prepare_folder)
 
     def save(
@@ -213,11 +212,9 @@ class Checkpointer:
         chosen = self._on_rank_0(lambda: choose(self.folder, which))
         if chosen is None:
             return None
-        with folders.reading(chosen):
-            started = time.monotonic()
-            named = _by_name(optimizers) if optimizers is not None else {}
-            progress = self._on_all_ranks(lambda: read(chosen, self.rank, modules, named, ema))
-        self._loaded = chosen
+        started = time.monotonic()
+        named = _by_name(optimizers) if optimizers is not None else {}
+        progress = self._on_all_ranks(lambda: read(chosen, self.rank, modules, named, ema))
         if self.rank == 0:
             seconds = time.monotonic() - started
             log.info("resumed from %s, step %d (%.1f s)", chosen, progress.global_step, seconds)
@@ -273,6 +270,7 @@ class Checkpointer:
         except BaseException as error:
             # DCP's own exception is a BaseException; in a thread nothing may be lost.
             self._error = self._failed(writer, error)
+            log.error("%s", self._error)  # at once: the next call may be long in coming
             return
         if self.rank == 0:
             self._retire(folder)
@@ -298,8 +296,8 @@ class Checkpointer:
         try:
             for saved in folders.checkpoints(self.folder)[: -self.keep_last]:
                 for_good = self.keep_every is not None and saved.step % self.keep_every == 0
-                if not for_good and saved.folder not in (newest, self._loaded):
-                    folders.remove(saved.folder)
+                if not for_good and saved.folder != newest and not folders.remove(saved.folder):
+                    log.info("%s is being read: kept until the next checkpoint", saved.folder)
         except OSError as error:
             log.warning("cannot remove old checkpoints of %s: %s", self.folder, error)
 

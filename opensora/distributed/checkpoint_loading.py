@@ -115,7 +115,8 @@ def read(
     for name, stored in index.tensors.items():
         if name.startswith(("extra.", rng)):
             targets[name] = torch.empty(stored.shape, dtype=stored.dtype)
-    load_planned(dict(targets), storage_reader=SafetensorsReader(folder, index), no_dist=True)
+    with folders.reading(folder):
+        load_planned(dict(targets), storage_reader=SafetensorsReader(folder, index), no_dist=True)
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {

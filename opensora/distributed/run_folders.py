@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -188,10 +189,17 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def _locked(path: Path, operation: int) -> Iterator[None]:
-    """Hold a lock on a file or folder; it goes with the process."""
+    """Hold a lock on a file or folder; it goes with the process.
+
+    Some network file systems have no locks; nothing is held there.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(handle, operation)
+        try:
+            fcntl.flock(handle, operation)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
         yield
     finally:
         os.close(handle)

@@ -75,6 +75,8 @@ def optimizer_tensors(
     tensors: Tensors = {}
     values: dict[str, dict[str, Any]] = {}
     for parameter, state in optimizer.state.items():
+        if parameter not in names:
+            raise ValueError("the optimizer has a parameter that is in none of the modules")
         for field, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"{names[parameter]}.{field}"] = value
@@ -115,6 +117,8 @@ def optimizer_targets(
                     device = parameter.device if on_device or field != "step" else "cpu"
                     target = torch.empty(stored.shape, dtype=stored.dtype, device=device)
                 targets[f"{prefix}{names[parameter]}.{field}"] = target
+    if unused := sum(key.startswith(prefix) for key in index.tensors) - len(targets):
+        log.warning("%d tensors of the optimizer state are of parameters not trained now", unused)
     return targets
 
 
