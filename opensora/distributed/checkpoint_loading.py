@@ -1,0 +1,165 @@
+"""Choose a checkpoint and read this rank's parts of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load as load_planned
+from torch.optim import Optimizer
+
+from opensora.checkpoint import describe_mismatch
+from opensora.distributed import run_folders as folders
+from opensora.distributed import training_state as parts
+from opensora.distributed.checkpoint_files import Index, SafetensorsReader, read_index
+from opensora.errors import WeightsError
+from opensora.weight_files import read_json
+
+log = logging.getLogger("opensora")
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands. All counters name the next thing to do.
+
+    Attributes:
+        epoch: zero-based.
+        step: optimizer steps taken in this epoch.
+        global_step: optimizer steps taken in all.
+        batch: `Batch.number` of the next batch, of all replicas together.
+        accumulated: micro-batches taken towards the next optimizer step.
+        batch_size: of one process, for readers of upstream's format; 0 where buckets decide.
+        extra: anything else, equal on all ranks: nested dicts and lists of JSON values and
+            tensors - schedule, clip statistics, watchdog. Tuples come back as lists.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    batch: int = 0
+    accumulated: int = 0
+    batch_size: int = 0
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def choose(run: Path, which: str | os.PathLike[str]) -> Path | None:
+    """Return the checkpoint's folder to read, checked; None if "latest" finds none.
+
+    Raises:
+        WeightsError: it is missing or damaged.
+    """
+    path = run if which == "latest" else Path(which).expanduser()
+    if which != "latest" and not path.is_dir():
+        raise WeightsError(f"folder not found: {path}; give a checkpoint's folder or 'latest'")
+    if folders.is_ours(path):
+        read_index(path)
+        return path
+    found = folders.checkpoints(path)
+    if not found and which != "latest":
+        raise WeightsError(
+            f"{path} holds no checkpoint of opensora to resume from (no {folders.INDEX}); "
+            "weights of other programs are loaded without --load, as a model's source"
+        )
+    return newest_good(path)
+
+
+def newest_good(run: Path) -> Path | None:
+    """Return a run's newest checkpoint that is whole; None if there is none at all.
+
+    Raises:
+        WeightsError: there are some, and all are damaged.
+    """
+    found = folders.checkpoints(run)
+    for saved in reversed(found):
+        try:
+            read_index(saved.folder)
+            read_json(saved.folder / folders.STATES)
+        except WeightsError as error:
+            log.error("CHECKPOINT NOT USABLE, taking the one before it: %s", error)
+            continue
+        return saved.folder
+    if found:
+        raise WeightsError(
+            f"all {len(found)} checkpoints of {run} are damaged (see above); start without --load"
+        )
+    return None
+
+
+def read(
+    folder: Path,
+    rank: int,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer],
+    ema: parts.Averages | None,
+) -> Progress:
+    """Read this rank's parts of a checkpoint; see `Checkpointer.load`.
+
+    Raises:
+        WeightsError: it is damaged, or of another model.
+    """
+    index, values = read_index(folder), read_json(folder / folders.STATES)
+    targets = parts.model_tensors(modules)
+    if ema is not None:
+        targets |= {f"ema.{key}": value for key, value in ema.state.items()}
+    names = parts.parameter_names(modules)
+    check_names(folder, targets, index, ("model.", *(("ema.",) if ema is not None else ())))
+    for name, optimizer in optimizers.items():
+        targets |= parts.optimizer_targets(optimizer, names, index, f"optimizer.{name}.")
+    rng = f"rng.{rank}."
+    for name, stored in index.tensors.items():
+        if name.startswith(("extra.", rng)):
+            targets[name] = torch.empty(stored.shape, dtype=stored.dtype)
+    with folders.reading(folder):
+        load_planned(dict(targets), storage_reader=SafetensorsReader(folder, index), no_dist=True)
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {
+            key.removeprefix(prefix): value
+            for key, value in targets.items()
+            if key.startswith(prefix)
+        }
+
+    try:
+        for name, optimizer in optimizers.items():
+            prefix = f"optimizer.{name}."
+            parts.restore_optimizer(optimizer, names, under(prefix), values["optimizers"][name])
+        if ema is not None:
+            ema.updates = int(values["ema_updates"])
+        counters = [field.name for field in dataclasses.fields(Progress)[:-1]]
+        progress = Progress(
+            **{name: int(values[name]) for name in counters},
+            extra=parts.join_extra(values["extra"], targets),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(
+            f"cannot resume from {folder}: {folders.STATES} does not fit this run ({error!r}); "
+            "start it with the configuration that it was started with"
+        ) from error
+    generators = {key: value for key, value in targets.items() if key.startswith(rng)}
+    parts.restore_generators(rank, generators)
+    return progress
+
+
+def check_names(
+    folder: Path, targets: Mapping[str, Tensor], index: Index, prefixes: tuple[str, ...]
+) -> None:
+    """Check that a checkpoint holds just the tensors wanted, of their shapes.
+
+    Raises:
+        WeightsError: says which are missing, unexpected or of another shape.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in targets.items()}
+    given = {
+        name: stored.shape for name, stored in index.tensors.items() if name.startswith(prefixes)
+    }
+    if wanted != given:
+        raise WeightsError(
+            f"cannot resume from {folder}: it is of another model: "
+            f"{describe_mismatch(wanted, given)}; start with the configuration it was saved with"
+        )

@@ -1,0 +1,242 @@
+"""Take the state of a training run apart into named tensors and JSON, and put it back together.
+
+Names: `model.NAME.KEY`, `ema.NAME.KEY`, `optimizer.NAME.KEY.FIELD`, `rng.RANK.GENERATOR`,
+`extra.PATH`; NAME is the key in `modules`, KEY upstream's name of the tensor. Tensors that are
+DTensors stay so: every rank saves and loads its own part.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import sys
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from opensora.distributed.checkpoint_files import Index
+
+log = logging.getLogger("opensora")
+Tensors = dict[str, Tensor]
+
+_TENSOR = "__tensor__"
+
+
+class Averages(Protocol):
+    """Moving averages of weights.
+
+    Attributes:
+        state: "NAME.KEY" -> float32 tensor, sharded as the weight is.
+        updates: how often they were updated.
+    """
+
+    state: dict[str, Tensor]
+    updates: int
+
+
+def model_tensors(modules: Mapping[str, nn.Module]) -> Tensors:
+    """Return the live weights and buffers, without what compile and checkpoint wrappers add."""
+    return {
+        f"model.{name}.{key}": value
+        for name, module in modules.items()
+        for key, value in (get_model_state_dict(module).items() if _has_state(module) else ())
+        if isinstance(value, Tensor)
+    }
+
+
+def _has_state(module: nn.Module) -> bool:
+    return next(iter(module.state_dict()), None) is not None
+
+
+def parameter_names(modules: Mapping[str, nn.Module]) -> dict[Tensor, str]:
+    """Name every parameter as `model_tensors` does; one that goes by two names has the first."""
+    names: dict[Tensor, str] = {}
+    for name, module in modules.items():
+        for key, parameter in module.named_parameters():
+            plain = key.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+            names.setdefault(parameter, f"{name}.{plain}")
+    return names
+
+
+def optimizer_tensors(
+    optimizer: Optimizer, names: Mapping[Tensor, str]
+) -> tuple[Tensors, dict[str, Any]]:
+    """Return an optimizer's tensors by parameter name, and all else as JSON.
+
+    `torch.distributed.checkpoint.state_dict` is not used here: it takes a step on an optimizer that
+    has no state yet, and casts float32 state to the parameters' dtype on the way back.
+    """
+    tensors: Tensors = {}
+    values: dict[str, dict[str, Any]] = {}
+    for parameter, state in optimizer.state.items():
+        if parameter not in names:
+            raise ValueError("the optimizer has a parameter that is in none of the modules")
+        for field, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{names[parameter]}.{field}"] = value
+            else:
+                values.setdefault(names[parameter], {})[field] = value
+    groups = [
+        {key: value for key, value in group.items() if key != "params" and _is_json(value)}
+        for group in optimizer.param_groups
+    ]
+    return tensors, {"values": values, "groups": groups}
+
+
+def optimizer_targets(
+    optimizer: Optimizer, names: Mapping[Tensor, str], index: Index, prefix: str
+) -> Tensors:
+    """Return empty tensors for the optimizer state that is stored, sharded as the parameters are.
+
+    Args:
+        optimizer: as it was when the state was saved, with or without state of its own.
+        names: of its parameters.
+        index: of the checkpoint.
+        prefix: of the names in the index.
+    """
+    fields: dict[str, list[str]] = {}
+    for key in index.tensors:
+        if key.startswith(prefix):
+            name, _, field = key.removeprefix(prefix).rpartition(".")
+            fields.setdefault(name, []).append(field)
+    targets: Tensors = {}
+    for group in optimizer.param_groups:
+        on_device = bool(group.get("fused") or group.get("capturable"))
+        for parameter in group["params"]:
+            for field in fields.get(names[parameter], ()):
+                stored = index.tensors[f"{prefix}{names[parameter]}.{field}"]
+                if stored.shape == tuple(parameter.shape) and field != "step":
+                    target = torch.empty_like(parameter, dtype=stored.dtype, requires_grad=False)
+                else:
+                    device = parameter.device if on_device or field != "step" else "cpu"
+                    target = torch.empty(stored.shape, dtype=stored.dtype, device=device)
+                targets[f"{prefix}{names[parameter]}.{field}"] = target
+    if unused := sum(key.startswith(prefix) for key in index.tensors) - len(targets):
+        log.warning("%d tensors of the optimizer state are of parameters not trained now", unused)
+    return targets
+
+
+def restore_optimizer(
+    optimizer: Optimizer,
+    names: Mapping[Tensor, str],
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+) -> None:
+    """Give an optimizer its state back; hyperparameters of the present configuration stay.
+
+    Args:
+        optimizer: its state is replaced.
+        names: of its parameters.
+        tensors: "NAME.KEY.FIELD" -> tensor, taken over without a copy.
+        values: the JSON of `optimizer_tensors`.
+    """
+    fields: dict[str, Tensors] = {}
+    for key, tensor in tensors.items():
+        name, _, field = key.rpartition(".")
+        fields.setdefault(name, {})[field] = tensor
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[parameter]
+            state = {**fields.get(name, {}), **values["values"].get(name, {})}
+            if state:
+                optimizer.state[parameter] = state
+    for group, saved in zip(optimizer.param_groups, values["groups"], strict=True):
+        for key, value in saved.items():
+            present = group.get(key)
+            if isinstance(present, tuple):
+                value = tuple(value)
+            configured = key in optimizer.defaults or key == "initial_lr"
+            if key == "lr" or not configured:
+                group[key] = value
+            elif value != present:
+                log.warning(
+                    "%s was %s in the checkpoint and is %s in the configuration: %s is taken",
+                    key,
+                    value,
+                    present,
+                    present,
+                )
+
+
+def read_generators(rank: int) -> Tensors:
+    """Return the state of this rank's random generators as uint8 tensors."""
+    states: dict[str, Tensor] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    version, words, gauss = random.getstate()
+    states["python"] = _text_tensor([version, list(words), gauss])
+    if numpy := sys.modules.get("numpy"):
+        kind, keys, *rest = numpy.random.get_state()
+        states["numpy"] = _text_tensor([kind, keys.tolist(), *rest])
+    return {f"rng.{rank}.{name}": state for name, state in states.items()}
+
+
+def restore_generators(rank: int, tensors: Mapping[str, Tensor]) -> None:
+    """Set this rank's generators to the states of `read_generators`."""
+    for name, state in tensors.items():
+        match name.removeprefix(f"rng.{rank}."):
+            case "cpu":
+                torch.set_rng_state(state)
+            case "cuda" if torch.cuda.is_available():
+                torch.cuda.set_rng_state(state)
+            case "python":
+                version, words, gauss = _read_text_tensor(state)
+                random.setstate((version, tuple(words), gauss))
+            case "numpy" if numpy := sys.modules.get("numpy"):
+                kind, keys, *rest = _read_text_tensor(state)
+                numpy.random.set_state((kind, numpy.array(keys, dtype="uint32"), *rest))
+
+
+def split_extra(value: Any, path: str, tensors: Tensors) -> Any:
+    """Return `value` with its tensors moved to `tensors` under `path` and named in their place.
+
+    Raises:
+        TypeError: something in it is neither JSON nor a tensor.
+    """
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {_TENSOR: path}
+    if isinstance(value, Mapping):
+        return {str(k): split_extra(v, f"{path}.{k}", tensors) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [split_extra(v, f"{path}.{i}", tensors) for i, v in enumerate(value)]
+    if not _is_json(value):
+        raise TypeError(f"{path} is a {type(value).__name__}; expected JSON values or tensors")
+    return value
+
+
+def join_extra(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Undo `split_extra`; tuples come back as lists."""
+    if isinstance(value, dict):
+        if value.keys() == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        return {key: join_extra(inner, tensors) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [join_extra(inner, tensors) for inner in value]
+    return value
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, str | bool | int | float)
+
+
+def _text_tensor(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _read_text_tensor(tensor: Tensor) -> Any:
+    return json.loads(bytes(tensor.tolist()))
