@@ -1,252 +1,326 @@
-"""Train a text-to-video transformer with rectified flow, its text encoder along with it if small.
+"""Train a text-to-video transformer with rectified flow, on one process or many.
 
-    python scripts/train.py configs/tiny/train/stdit.py
+    python scripts/train.py configs/opensora-v1-2/train/stage1.py --data-path meta.csv
+    torchrun --nproc-per-node 8 scripts/train.py ...
 
-One device for now. The VAE is frozen and runs once per clip; captions are worded anew at every
-step. What is saved is a pipeline folder with the averaged (EMA) weights.
+The table, the buckets and all settings are checked before weights are read. A run has a folder
+under `outputs`, with its configuration, log, checkpoints and, at the end, averaged weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import random
+import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from opensora.checkpoint import weights_digest
 from opensora.config import parse_command_line
-from opensora.data.shape_latents import Bucket, ShapeLatents
-from opensora.errors import UsageError, WeightsError
-from opensora.models.stdit import STDiT3, STDiT3Config
-from opensora.models.text_encoder import T5TextEncoder
-from opensora.models.vae import VideoAutoencoder
-from opensora.optim import Muon
+from opensora.data.dataset import build_dataset
+from opensora.data.loader import Loader
+from opensora.data.quarantine import Quarantine
+from opensora.data.sampler import Sampler, build_sampler
+from opensora.devices import DTYPES
+from opensora.distributed import mesh
+from opensora.distributed.checkpoint import Checkpointer
+from opensora.distributed.collectives import all_reduce, broadcast_object
+from opensora.distributed.mesh import World
+from opensora.distributed.run_folders import find_run, new_run_folder
+from opensora.errors import UsageError
+from opensora.models.stdit.parallelize import freeze, parallelize
 from opensora.pipeline import OpenSoraPipeline
 from opensora.program import run_program
 from opensora.schedulers.rflow import RFlow
-from opensora.training.clip import clip_gradients
+from opensora.train_config import TrainConfig
+from opensora.training.clip import AdaptiveClip, GradientClip
 from opensora.training.ema import EMA
-from opensora.training.run import TrainingRun
-from opensora.training.schedule import learning_rate_factor
-
-# Matrices that are tables or face the data: AdamW takes them.
-ADAMW_NAMES = (
-    "shared.",
-    "relative_attention_bias",
-    "x_embedder",
-    "scale_shift_table",
-    "final_layer",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a training run; configuration files and flags use these names.
-
-    Attributes:
-        model: Architecture of the transformer, the content of an STDiT3 config.json.
-        vae: Folder of the trained VAE.
-        text_encoder: `T5TextEncoder.byt5` arguments of an encoder trained along.
-        ckpt_path: Pipeline folder whose transformer and text encoder the run starts from; "" starts
-            from random weights. A run that is resumed goes on with its own.
-        scheduler: Settings of `RFlow`.
-        defaults: What the pipeline uses when a request does not say (frames, size, fps, steps,
-            guidance), stored with it.
-        outputs: Folder of the run; the result goes to its subfolder `pipeline`.
-        seed: Seed of weights, clips, captions, timesteps and noise.
-        fps: Frame rate that the model is told.
-        buckets: (num_frames, height, width, num_clips, batch_size, weight) of every clip size.
-        size_share: Share of captions that state the size, which is learned last.
-        mixed_steps: How many of the last steps draw from all buckets; before, only the first one.
-        steps: Optimizer steps.
-        lr, adamw_lr, weight_decay: Step size of matrices (Muon), of all others (AdamW); decay of
-            matrices.
-        warmup_steps, decay: Steps of warm-up; fraction of the run that decays to zero.
-        grad_clip: Largest gradient norm.
-        ema_decay: Decay of the averaged weights.
-        dtype: "bf16" (autocast) or "fp32".
-        compile: Compile every block (first steps take longer).
-        log_every, ckpt_every: Steps between log lines and between resumable states.
-    """
-
-    model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    vae: str = "outputs/tiny-vae/vae"
-    text_encoder: dict[str, Any] = dataclasses.field(default_factory=dict)
-    ckpt_path: str = ""
-    scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)
-    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
-    outputs: str = "outputs/tiny"
-    seed: int = 42
-    fps: float = 8.0
-    buckets: tuple[tuple[float, ...], ...] = ((17, 64, 64, 16384, 64, 1.0),)
-    size_share: float = 0.4
-    mixed_steps: int = 0
-    steps: int = 4500
-    lr: float = 2e-3
-    adamw_lr: float = 2e-3
-    weight_decay: float = 0.0
-    warmup_steps: int = 100
-    decay: float = 0.3
-    grad_clip: float = 1.0
-    ema_decay: float = 0.998
-    dtype: str = "bf16"
-    compile: bool = False
-    log_every: int = 50
-    ckpt_every: int = 500
-
-
-def encode_captions(encoder: T5TextEncoder, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Encode captions with gradients, running the encoder on as many tokens as the longest needs.
-
-    Returns:
-        Text states [B, 1, L, C], L the encoder's max_length, zero past the longest caption, and
-        the mask int64 [B, L].
-    """
-    ids, mask = encoder.tokenize(captions)
-    length = min(ids.shape[1], math.ceil(int(mask.sum(1).max()) / 8) * 8)
-    states = encoder(ids[:, :length], mask[:, :length])
-    return nn.functional.pad(states, (0, 0, 0, ids.shape[1] - length)), mask
-
-
-def size_arguments(bucket: Bucket, batch: int, fps: float) -> dict[str, Tensor]:
-    """Make the conditions of a batch: fps, height and width, float32 [B] each."""
-    rate = 120.0 if bucket.num_frames == 1 else fps
-    values = {"fps": rate, "height": float(bucket.height), "width": float(bucket.width)}
-    return {name: torch.full((batch,), value) for name, value in values.items()}
-
-
-def read_buckets(config: TrainConfig) -> list[Bucket]:
-    """Turn the configured tuples into buckets; UsageError on one that cannot be trained on."""
-    buckets = []
-    for entry in config.buckets:
-        if len(entry) != 6 or min(entry) <= 0:
-            raise UsageError(
-                f"buckets: {entry} is not "
-                "(num_frames, height, width, num_clips, batch_size, weight)"
-            )
-        frames, height, width, clips, batch = (int(value) for value in entry[:5])
-        buckets.append(Bucket(frames, height, width, clips, batch, float(entry[5])))
-    if not buckets:
-        raise UsageError("buckets: none given; add one such as (17, 64, 64, 16384, 64, 1.0)")
-    return buckets
-
-
-def start_from(folder: str, model: STDiT3, encoder: T5TextEncoder) -> None:
-    """Copy the weights of a pipeline folder; WeightsError if they are of another architecture."""
-    stored = {
-        "transformer": STDiT3.from_pretrained(folder, subfolder="transformer").state_dict(),
-        "text_encoder": T5TextEncoder.from_pretrained(folder).model.state_dict(),
-    }
-    for name, module in (("transformer", model), ("text_encoder", encoder.model)):
-        try:
-            module.load_state_dict(stored[name])
-        except RuntimeError as error:
-            raise WeightsError(
-                f"ckpt_path: the {name} of {folder} is not what the configuration describes: "
-                f"{str(error).splitlines()[1].strip()}"
-            ) from error
+from opensora.training.flops import peak_flops, training_flops
+from opensora.training.metrics import Metrics
+from opensora.training.models import FREEZING, Models, build_models
+from opensora.training.objective import Objective
+from opensora.training.optimizers import build_optimizer
+from opensora.training.schedule import Schedule
+from opensora.training.trackers import open_trackers
+from opensora.training.trainer import Trainer
+from opensora.training.watchdog import Watchdog
 
 
 def train(config: TrainConfig) -> Path:
-    """Run the training that `config` describes, resuming what its output folder holds.
+    """Run the training that `config` describes.
 
     Returns:
-        The pipeline folder.
+        The folder of the run.
 
     Raises:
-        UsageError: Settings that do not fit, or an output folder that cannot be written.
-        WeightsError: The VAE cannot be read.
-        NonFiniteError: The loss became NaN or infinite.
+        UsageError: settings that do not fit, a table that gives no step, an output folder that
+            cannot be written.
+        WeightsError: weights or a checkpoint that cannot be read.
+        NonFiniteError: losses stayed NaN or infinite after all returns to checkpoints.
     """
-    buckets = read_buckets(config)
-    torch.manual_seed(config.seed)
-    vae = VideoAutoencoder.from_pretrained(config.vae, dtype=torch.float32).eval()
-    model = STDiT3(STDiT3Config.from_dict(config.model)).train()
-    encoder = T5TextEncoder.byt5(**config.text_encoder)
-    if config.ckpt_path:
-        start_from(config.ckpt_path, model, encoder)
-    scheduler = RFlow.from_dict(config.scheduler)
-    run = TrainingRun(
-        Path(config.outputs), dataclasses.asdict(config), config.steps, config.log_every
-    )
-
-    vae.micro_batch_size = None
-    digest = weights_digest(config.vae)
-    data = [
-        ShapeLatents(b, vae, Path(config.outputs), config.seed, digest, config.size_share)
-        for b in buckets
-    ]
-    vae.micro_batch_size = vae.config.micro_batch_size
-    modules: dict[str, nn.Module] = {"transformer": model, "text_encoder": encoder.model}
-    named = [(f"{n}.{k}", p) for n, m in modules.items() for k, p in m.named_parameters()]
-    optimizer = Muon(
-        named, config.lr, config.adamw_lr, weight_decay=config.weight_decay, adamw_names=ADAMW_NAMES
-    )
-    ema = EMA(modules, config.ema_decay)
-    first = run.resume(modules, optimizer, ema)
-    if config.compile:
-        for block in (*model.spatial_blocks, *model.temporal_blocks):
-            block.compile()
-
-    sizes = [[b.num_frames, b.height, b.width] for b in buckets]
-
-    def save_pipeline(folder: Path) -> None:
-        with _averaged(ema, modules):
-            pipeline = OpenSoraPipeline(
-                model, vae, encoder, scheduler, defaults={**config.defaults, "trained_sizes": sizes}
-            )
-            pipeline.save_pretrained(folder, dtype=torch.bfloat16)
-
-    print(f"training {sum(p.numel() for _, p in named):,} parameters from step {first}", flush=True)
-    run.start()
-    for step in range(first, config.steps):
-        factor = learning_rate_factor(step, config.steps, config.warmup_steps, config.decay)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        rng = random.Random(config.seed * 1_000_003 + step)
-        mixed = step >= config.steps - config.mixed_steps
-        chosen = rng.choices(data, [b.weight for b in buckets])[0] if mixed else data[0]
-        z, captions = chosen.batch(rng)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bf16"):
-            y, mask = encode_captions(encoder, captions)
-            conditions = size_arguments(chosen.bucket, len(z), config.fps)
-            losses = scheduler.training_losses(
-                model, z, {"y": y, "mask": mask, **conditions}, num_frames=chosen.bucket.num_frames
-            )
-        loss = losses["loss"].mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = clip_gradients((p for _, p in named), config.grad_clip)
-        run.log(step, {"loss": loss.item(), "grad_norm": norm})
-        optimizer.step()
-        ema.update()
-        if (step + 1) % config.ckpt_every == 0:
-            run.save(step + 1, modules, optimizer, ema)
-            save_pipeline(run.folder / "pipeline")
-    save_pipeline(run.folder / "pipeline")
-    print(f"saved {run.folder / 'pipeline'}")
-    return run.folder / "pipeline"
-
-
-@contextmanager
-def _averaged(ema: EMA, modules: dict[str, nn.Module]) -> Iterator[None]:
-    """Run with the averaged weights, in evaluation mode, then change back."""
-    ema.swap()
-    for module in modules.values():
-        module.eval()
+    world = mesh.start(config.device, config.sp_size, config.replicate, config.timeout)
     try:
-        yield
+        return _Run(config, world).train()
     finally:
-        ema.swap()
-        for module in modules.values():
-            module.train()
+        mesh.stop()
+
+
+class _Run:
+    """Put the parts of a run together, those that can fail quickly first."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.scheduler = RFlow.from_dict(config.scheduler or {})
+        self.dataset = build_dataset(dataset_settings(config))
+        self.sampler = build_sampler(
+            self.dataset.entries(),
+            bucket_config=config.bucket_config,
+            size=getattr(self.dataset, "size", None),
+            batch_size=config.batch_size,
+            frame_interval=getattr(self.dataset, "frame_interval", 1),
+            seed=config.seed,
+            replicas=world.dp_size * config.accumulation_steps,
+            strict=getattr(self.dataset, "strict_buckets", True),
+        )
+        self.total = count_steps(config, self.sampler)
+
+    def train(self) -> Path:
+        """Take all steps, then write the averaged weights."""
+        config, world = self.config, self.world
+        self.folder = self._folder()
+        models = build_models(config, world.device)
+        self._prepare(models)
+        freezing = {key: bool((config.model or {}).get(key, False)) for key in FREEZING}
+        freeze(models.transformer, **freezing)
+        modules = self._parallelize(models)
+        trainer = self._trainer(models, modules)
+        if config.load is not None and not config.start_from_scratch:
+            trainer.resume(self._checkpoint())
+        count = sum(p.numel() for m in modules.values() for p in m.parameters() if p.requires_grad)
+        if world.is_main and not config.quiet:
+            print(
+                f"training {count:,} parameters for {self.total} steps from step "
+                f"{trainer.progress.global_step} on {world.size} "
+                f"{'process' if world.size == 1 else 'processes'}: {self.folder}",
+                flush=True,
+            )
+        with trainer.checkpointer:
+            finished = trainer.run()
+        trainer.metrics.close()
+        if not finished:
+            if world.is_main:
+                print(f"stopped and saved; go on with --load {self.folder}", flush=True)
+            return self.folder
+        self._export(models, modules, trainer.ema)
+        return self.folder
+
+    def _folder(self) -> Path:
+        """Return the run's folder, new or the one that is gone on with."""
+        config, outputs = self.config, Path(self.config.outputs)
+
+        def choose() -> Path:
+            if config.load is not None and not config.start_from_scratch:
+                if config.load == "latest":
+                    found = find_run(outputs)
+                    if found is None:
+                        raise UsageError(f"--load latest: {outputs} holds no run with a checkpoint")
+                    return found
+                given = Path(config.load)
+                if not given.is_dir():
+                    raise UsageError(f"--load {given}: no such folder; give a run or a checkpoint")
+                return given if not (given / "running_states.json").is_file() else given.parent
+            folder = new_run_folder(outputs, str((config.model or {}).get("type", "STDiT3")))
+            settings = json.dumps(dataclasses.asdict(config), indent=1, default=str)
+            (folder / "config.json").write_text(settings + "\n", "utf-8")
+            return folder
+
+        folder = _on_main(self.world, choose, "the run's folder")
+        return Path(folder)
+
+    def _checkpoint(self) -> str:
+        """Return what to resume: a checkpoint's folder, or the latest of the run."""
+        given = Path(str(self.config.load))
+        return str(given) if (given / "running_states.json").is_file() else "latest"
+
+    def _prepare(self, models: Models) -> None:
+        """Let a dataset that is made here encode its clips."""
+        prepare = getattr(self.dataset, "prepare", None)
+        if prepare is None or models.vae is None:
+            return
+        source = str((self.config.vae or {}).get("from_pretrained"))
+        digest = weights_digest(source, "vae" if source == "tiny" else None)
+        prepare(models.vae, digest, Path(self.config.outputs) / "latents")
+
+    def _parallelize(self, models: Models) -> dict[str, nn.Module]:
+        config, world = self.config, self.world
+        parallelize(
+            models.transformer,
+            world,
+            checkpointing=config.checkpointing,
+            compile=config.compile,
+            # On a CPU autocast rounds the products, and sharded weights stay float32.
+            dtype="fp32" if world.device.type == "cpu" else config.dtype,
+            cpu_offload=config.cpu_offload,
+        )
+        modules = models.trained()
+        if world.size > 1 and "text_encoder" in modules:
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(modules["text_encoder"], mesh=world.shard_mesh)
+        return modules
+
+    def _trainer(self, models: Models, modules: dict[str, nn.Module]) -> Trainer:
+        config, world = self.config, self.world
+        named = [(f"{n}.{k}", p) for n, m in modules.items() for k, p in m.named_parameters()]
+        settings = {"lr": config.lr, "eps": config.adam_eps, "weight_decay": config.weight_decay}
+        optimizer = build_optimizer(named, **{**settings, **(config.optimizer or {})})
+        loader = Loader(
+            self.dataset,
+            self.sampler,
+            rank=world.dp_rank,
+            replicas=world.dp_size,
+            workers=config.num_workers,
+            prefetch=config.prefetch,
+            seed=config.seed,
+            quarantine=Quarantine(self.folder if world.is_main or world.sp_rank == 0 else None),
+            epochs=config.epochs,
+        )
+        names = [n for n in ("tensorboard", "wandb") if getattr(config, n)]
+        metrics = Metrics(
+            self.folder,
+            self.total,
+            log_every=config.log_every,
+            rank=world.rank,
+            devices=world.size,
+            sum_ranks=lambda own: all_reduce(own, "metrics") / world.sp_size,
+            peak=peak_flops(world.device, DTYPES[config.dtype]),
+            device=world.device,
+            trackers=open_trackers(names, self.folder) if world.is_main else (),
+        )
+        architecture = models.transformer.config
+
+        def flops(batch: Any) -> float:
+            size = batch.size
+            if models.vae is not None:
+                latent = models.vae.get_latent_size((size.frames, size.height, size.width))
+            else:
+                latent = tuple(batch.latent.shape[2:])
+            return len(batch) * training_flops(
+                architecture, latent, architecture.model_max_length
+            )
+
+        return Trainer(
+            world,
+            loader,
+            Objective(config, models, self.scheduler, world.device, masks(config)),
+            modules,
+            optimizer,
+            schedule_of(config, self.total),
+            clip_of(config),
+            EMA(modules, config.ema_decay, warm_up=config.ema_warm_up),
+            Watchdog(
+                self.folder,
+                patience=config.max_bad_steps,
+                agree=lambda own: int(all_reduce(torch.tensor(float(own)), "verdicts", "max")),
+                rank=world.rank,
+            ),
+            metrics,
+            Checkpointer(
+                self.folder,
+                rank=world.rank,
+                world_size=world.size,
+                keep_last=config.keep_last,
+                keep_every=config.keep_every or None,
+            ),
+            self.total,
+            config.accumulation_steps,
+            config.ckpt_every,
+            flops,
+        )
+
+    def _export(self, models: Models, modules: dict[str, nn.Module], ema: EMA) -> None:
+        """Write the averaged weights: a pipeline folder where all parts are at hand."""
+        if self.world.size > 1 or models.vae is None or not models.train_text:
+            return
+        assert models.text_encoder is not None
+        with ema.swap():
+            pipeline = OpenSoraPipeline(
+                models.transformer.eval(),
+                models.vae,
+                models.text_encoder.eval(),
+                self.scheduler,
+                defaults=self.config.defaults or {},
+            )
+            pipeline.save_pretrained(self.folder / "pipeline", dtype=torch.bfloat16)
+        print(f"saved {self.folder / 'pipeline'}", flush=True)
+
+
+def dataset_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the dataset's section with what flags set."""
+    settings = dict(config.dataset or {})
+    if config.data_path is not None:
+        settings["data_path"] = config.data_path
+    return settings
+
+
+def count_steps(config: TrainConfig, sampler: Sampler) -> int:
+    """Return the steps of a run.
+
+    Raises:
+        UsageError: there are none.
+    """
+    batches = sampler.length(0)
+    if batches == 0:
+        raise UsageError(
+            "the table gives no batch, so there is nothing to train; `opensora data explain "
+            "TABLE --config C` says why for every row and what to change"
+        )
+    per_step = sampler.replicas
+    if config.max_steps is not None:
+        return config.max_steps
+    return config.epochs * batches // per_step
+
+
+def schedule_of(config: TrainConfig, total: int) -> Schedule:
+    """Return the learning rate's course."""
+    warmup = config.warmup_steps or 0
+    if config.decay == 0:
+        return Schedule(warmup)
+    return Schedule(warmup, "linear", total, config.decay)
+
+
+def clip_of(config: TrainConfig) -> GradientClip:
+    """Return what limits gradients."""
+    if config.grad_clip == "adaptive":
+        return AdaptiveClip()
+    return GradientClip(None if config.grad_clip is None else float(config.grad_clip))
+
+
+def masks(config: TrainConfig) -> Any:
+    """Return what chooses given frames, None without mask_ratios."""
+    if not config.mask_ratios:
+        return None
+    from opensora.data.masks import MaskGenerator
+
+    return MaskGenerator(config.mask_ratios)
+
+
+def _on_main(world: World, action: Any, what: str) -> Any:
+    """Run on the first process; its result, or its error, is everyone's."""
+    result: tuple[Any, Exception | None] = (None, None)
+    if world.is_main:
+        try:
+            result = (action(), None)
+        except (UsageError, OSError) as error:
+            result = (None, error)
+    value, error = broadcast_object(result, what)
+    if error is not None:
+        raise error
+    return value
 
 
 def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
@@ -259,8 +333,12 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
             program,
             description="Train a text-to-video transformer.",
         )
-        print(sources.table(config), flush=True)
-        train(config)
+        if not config.quiet:
+            print(sources.table(config), flush=True)
+            for note in sources.notes:
+                print(note, flush=True)
+        folder = train(config)
+        print(folder)
         return 0
 
     return run_program(run)

@@ -75,6 +75,9 @@ class TrainConfig:
     ema_decay: float = setting(
         0.9999, "decay of the averaged weights", group=OPTIMISER, minimum=0, maximum=1
     )
+    ema_warm_up: bool = setting(
+        False, "begin with a short average, and lengthen it", group=OPTIMISER
+    )
     max_bad_steps: int = setting(
         3, "steps without a finite loss in a row before going back", group=OPTIMISER, minimum=1
     )
@@ -120,6 +123,7 @@ class TrainConfig:
         0, "keep those whose step it divides for good", group=OUTPUT, minimum=0
     )
     validation: Section = setting(None, "every, data_path, timesteps, prompts")  # noqa: RUF009
+    defaults: Section = setting(None, "of requests, kept with the exported pipeline")  # noqa: RUF009
     tensorboard: bool = setting(False, "also log for TensorBoard", group=OUTPUT)
     wandb: bool = setting(False, "also log to Weights & Biases", group=OUTPUT)
     dry_run: bool = setting(

@@ -1,23 +1,56 @@
-# The transformer and the byte-level text encoder of the embedded default: the first stage.
-vae = "outputs/tiny-vae/vae"
+# The embedded default, second edition: goes on from the first one's weights and learns images, given
+# frames, two shapes, more sizes and lengths, and frame rates.
 outputs = "outputs/tiny"
-seed = 42
-fps = 8.0
+seed = 44
 
-model = dict(
-    in_channels=4,
-    hidden_size=128,
-    depth=4,
-    num_heads=4,
-    mlp_ratio=3.0,
-    pred_sigma=False,
-    caption_channels=128,
-    model_max_length=120,
-    class_dropout_prob=0.1,
-    input_sq_size=64,
-    qk_norm=True,
+dataset = dict(
+    type="ShapesDataset",
+    # (frames, height, width, clips)
+    clips=[
+        (17, 64, 64, 16384),
+        (17, 48, 80, 2048),
+        (17, 80, 48, 2048),
+        (17, 80, 80, 1536),
+        (17, 64, 96, 768),
+        (17, 96, 64, 768),
+        (17, 96, 96, 768),
+        (17, 80, 128, 384),
+        (17, 128, 80, 384),
+        (34, 64, 64, 1536),
+        (34, 48, 80, 384),
+        (34, 80, 48, 384),
+        (1, 64, 64, 3072),
+        (1, 48, 80, 768),
+        (1, 80, 48, 768),
+        (1, 96, 96, 768),
+    ],
+    pair_share=0.3,
+    fps=(8, 8, 12),
+    size_share=0.6,
 )
-text_encoder = dict(max_length=120, d_model=128, d_ff=256, num_layers=2, num_heads=4)
+# Every clip is of exactly one bucket's size.
+bucket_config = {
+    "64p": {1: (1.0, 192), 17: (1.0, 64), 34: (1.0, 32)},
+    "80p": {17: (1.0, 40)},
+    "96p": {1: (1.0, 96), 17: (1.0, 24)},
+}
+num_workers = 1
+mask_ratios = {
+    "random": 0.03,
+    "intepolate": 0.01,
+    "quarter_random": 0.02,
+    "quarter_head": 0.04,
+    "quarter_tail": 0.02,
+    "quarter_head_tail": 0.02,
+    "image_random": 0.01,
+    "image_head": 0.1,
+    "image_tail": 0.02,
+    "image_head_tail": 0.03,
+}
+
+model = dict(type="STDiT3", from_pretrained="tiny")
+vae = dict(type="VideoAutoencoderPipeline", from_pretrained="tiny")
+text_encoder = dict(type="t5", from_pretrained="tiny", train=True)
 # The direction of a motion is decided between t = 700 and 900: most timesteps lie there.
 scheduler = dict(
     type="rflow",
@@ -29,25 +62,15 @@ scheduler = dict(
 )
 defaults = dict(num_frames=17, height=64, width=64, fps=8)
 
-# (num_frames, height, width, num_clips, batch_size, weight)
-buckets = (
-    (17, 64, 64, 14336, 64, 0.7),
-    (17, 48, 80, 1024, 64, 0.07),
-    (17, 80, 48, 1024, 64, 0.07),
-    (17, 96, 96, 512, 28, 0.04),
-    (34, 64, 64, 768, 32, 0.06),
-    (1, 64, 64, 1024, 192, 0.06),
-)
-size_share = 0.6
-mixed_steps = 800
-steps = 5400
-lr = 4e-3
-adamw_lr = 2e-3
-warmup_steps = 100
-decay = 0.3
+optimizer = dict(name="muon", betas=(0.9, 0.95), eps=1e-8, adamw_lr=1.5e-3)
+lr = 3e-3
+warmup_steps = 50
+decay = 0.75
+max_steps = 6000
 grad_clip = 1.0
 ema_decay = 0.998
+ema_warm_up = True
 dtype = "bf16"
-compile = False
 log_every = 50
-ckpt_every = 500
+ckpt_every = 250
+keep_last = 2
