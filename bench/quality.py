@@ -24,6 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import quality_tasks
 from opensora.data.contact_sheet import save_contact_sheet
 from opensora.data.shape_captions import caption
 from opensora.data.shapes import Scene, combinations, render, sample_scene
@@ -36,6 +37,8 @@ from opensora.train_vae import to_model
 #: Least share of clips with every named attribute right; least PSNR in dB of reconstructions.
 BARS = {"seen": 0.95, "triple": 0.93, "pair": 0.88, "reconstructed": 0.98}
 PSNR_BAR = 31.0
+#: Shares, and dB of given frames.
+TASK_BARS = {"images": 0.95, "given": 27.0, "given motion": 0.90, "sizes": 0.85, "pairs": 0.70}
 GROUPS = {
     "seen": "combinations seen in training",
     "triple": "held-out (shape, colour, motion)",
@@ -150,15 +153,44 @@ def run(argv: Sequence[str] | None) -> int:
     report["reconstructed"], psnr = reconstruct(pipeline, args.num, args.seed)
     _print_row("reconstructions", report["reconstructed"], columns, BARS["reconstructed"], "")
     print(f"reconstructions: {psnr:.2f} dB, bar {PSNR_BAR:.0f}")
-    if args.sheet and wrong:
-        save_contact_sheet(args.sheet, [c for c, _ in wrong[:40]], [t for _, t in wrong[:40]])
-        print(f"wrong clips: {args.sheet}")
+    report["tasks"], more = tasks(pipeline, args)
+    wrong += more
     below = [name for name, bar in BARS.items() if report[name]["all"] < bar]
+    below += [name for name, bar in TASK_BARS.items() if report["tasks"][name] < bar]
+    if args.sheet and wrong:
+        save_contact_sheet(args.sheet, [c for c, _ in wrong[:60]], [t for _, t in wrong[:60]])
+        print(f"wrong clips: {args.sheet}")
     below += ["psnr"] if psnr < PSNR_BAR else []
     print("below the bar: " + ", ".join(below) if below else "every figure reaches its bar")
     if args.json:
         print(json.dumps({**report, "psnr": psnr, "below": below}))
     return 1 if below else 0
+
+
+def tasks(
+    pipeline: OpenSoraPipeline, args: argparse.Namespace
+) -> tuple[dict[str, float], list[tuple[Tensor, str]]]:
+    """Run the further tasks and print them; returns name of a bar -> figure, and wrong clips."""
+    found, wrong = {}, []
+    for name in ("images", "pairs"):
+        share, bad = getattr(quality_tasks, name)(pipeline, args.num, args.seed, args.batch_size)
+        found[name] = share
+        wrong += bad[:10]
+        print(f"{name}: {share:.1%} right, bar {TASK_BARS[name]:.0%}", flush=True)
+    psnr, moved, bad = quality_tasks.conditioned(pipeline, args.num, args.seed, args.batch_size)
+    found |= {"given": psnr, "given motion": moved}
+    wrong += bad[:10]
+    print(
+        f"from a given first frame: {psnr:.1f} dB, bar {TASK_BARS['given']:.0f}; "
+        f"{moved:.1%} move as told, bar {TASK_BARS['given motion']:.0%}",
+        flush=True,
+    )
+    shares, bad = quality_tasks.sizes(pipeline, args.num, args.seed, args.batch_size)
+    found["sizes"] = sum(shares.values()) / len(shares)
+    wrong += bad[:10]
+    each = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    print(f"other sizes: {found['sizes']:.1%}, bar {TASK_BARS['sizes']:.0%} ({each})", flush=True)
+    return found, wrong
 
 
 def _print_row(

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -34,6 +36,7 @@ from opensora.distributed.run_folders import find_run, new_run_folder
 from opensora.errors import UsageError
 from opensora.models.stdit.parallelize import freeze, parallelize
 from opensora.pipeline import OpenSoraPipeline
+from opensora.pipeline_folder import pipeline_folder
 from opensora.program import run_program
 from opensora.schedulers.rflow import RFlow
 from opensora.train_config import TrainConfig
@@ -63,6 +66,10 @@ def train(config: TrainConfig) -> Path:
         NonFiniteError: losses stayed NaN or infinite after all returns to checkpoints.
     """
     world = mesh.start(config.device, config.sp_size, config.replicate, config.timeout)
+    # Of initial weights; every batch sets the generators anew.
+    torch.manual_seed(config.seed)
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
     try:
         return _Run(config, world).train()
     finally:
@@ -100,6 +107,7 @@ class _Run:
         trainer = self._trainer(models, modules)
         if config.load is not None and not config.start_from_scratch:
             trainer.resume(self._checkpoint())
+        trainer.metrics = self._metrics(trainer.progress.global_step)
         count = sum(p.numel() for m in modules.values() for p in m.parameters() if p.requires_grad)
         if world.is_main and not config.quiet:
             print(
@@ -152,7 +160,8 @@ class _Run:
         if prepare is None or models.vae is None:
             return
         source = str((self.config.vae or {}).get("from_pretrained"))
-        digest = weights_digest(source, "vae" if source == "tiny" else None)
+        whole = pipeline_folder(source)
+        digest = weights_digest(whole or source, "vae" if whole else None)
         prepare(models.vae, digest, Path(self.config.outputs) / "latents")
 
     def _parallelize(self, models: Models) -> dict[str, nn.Module]:
@@ -189,18 +198,6 @@ class _Run:
             quarantine=Quarantine(self.folder if world.is_main or world.sp_rank == 0 else None),
             epochs=config.epochs,
         )
-        names = [n for n in ("tensorboard", "wandb") if getattr(config, n)]
-        metrics = Metrics(
-            self.folder,
-            self.total,
-            log_every=config.log_every,
-            rank=world.rank,
-            devices=world.size,
-            sum_ranks=lambda own: all_reduce(own, "metrics") / world.sp_size,
-            peak=peak_flops(world.device, DTYPES[config.dtype]),
-            device=world.device,
-            trackers=open_trackers(names, self.folder) if world.is_main else (),
-        )
         architecture = models.transformer.config
 
         def flops(batch: Any) -> float:
@@ -209,9 +206,7 @@ class _Run:
                 latent = models.vae.get_latent_size((size.frames, size.height, size.width))
             else:
                 latent = tuple(batch.latent.shape[2:])
-            return len(batch) * training_flops(
-                architecture, latent, architecture.model_max_length
-            )
+            return len(batch) * training_flops(architecture, latent, architecture.model_max_length)
 
         return Trainer(
             world,
@@ -228,7 +223,7 @@ class _Run:
                 agree=lambda own: int(all_reduce(torch.tensor(float(own)), "verdicts", "max")),
                 rank=world.rank,
             ),
-            metrics,
+            None,
             Checkpointer(
                 self.folder,
                 rank=world.rank,
@@ -242,6 +237,29 @@ class _Run:
             flops,
         )
 
+    def _metrics(self, first_step: int) -> Metrics:
+        config, world = self.config, self.world
+        names = [name for name in ("tensorboard", "wandb") if getattr(config, name)]
+        settings = dataclasses.asdict(config)
+        return Metrics(
+            self.folder,
+            self.total,
+            log_every=config.log_every,
+            first_step=first_step,
+            rank=world.rank,
+            devices=world.size,
+            sum_ranks=lambda own: all_reduce(own, "metrics") / world.sp_size,
+            peak=peak_flops(world.device, DTYPES[config.dtype]),
+            device=world.device,
+            trackers=open_trackers(names, self.folder, config=settings, first_step=first_step)
+            if world.is_main
+            else (),
+        )
+
+    def _sizes(self) -> list[list[int]]:
+        """List (frames, height, width) of what an epoch holds."""
+        return [list(size) for size in sorted({batch.size for batch in self.sampler.epoch(0)})]
+
     def _export(self, models: Models, modules: dict[str, nn.Module], ema: EMA) -> None:
         """Write the averaged weights: a pipeline folder where all parts are at hand."""
         if self.world.size > 1 or models.vae is None or not models.train_text:
@@ -253,7 +271,7 @@ class _Run:
                 models.vae,
                 models.text_encoder.eval(),
                 self.scheduler,
-                defaults=self.config.defaults or {},
+                defaults={**(self.config.defaults or {}), "trained_sizes": self._sizes()},
             )
             pipeline.save_pretrained(self.folder / "pipeline", dtype=torch.bfloat16)
         print(f"saved {self.folder / 'pipeline'}", flush=True)

@@ -1,6 +1,6 @@
 """Datasets by the names of configurations: tables of videos and images with their captions.
 
-    dataset = dict(type="VariableVideoTextDataset", data_path="meta.csv", frame_interval=2)
+dataset = dict(type="VariableVideoTextDataset", data_path="meta.csv", frame_interval=2)
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Trainer:
     clip: GradientClip
     ema: EMA
     watchdog: Watchdog
-    metrics: Metrics
+    metrics: Metrics | None
     checkpointer: Checkpointer
     total: int
     accumulation: int = 1
@@ -216,7 +216,7 @@ class Trainer:
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Save and end after the step in progress on SIGTERM or SIGINT; a second one ends at once."""
+        """Save and end after this step on SIGTERM or SIGINT; a second one ends at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -236,5 +236,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-

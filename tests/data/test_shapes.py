@@ -79,7 +79,10 @@ def test_captions_name_what_they_say_they_name():
         text, names = shape_captions.caption(scene, rng)
         texts.add(text)
         assert {"shape", "colour", "motion"} <= set(names)
-        words = {"background": (scene.background, "grey"), "size": shape_captions._SIZE_WORDS[scene.size]}
+        words = {
+            "background": (scene.background, "grey"),
+            "size": shape_captions._SIZE_WORDS[scene.size],
+        }
         for name, options in words.items():
             assert (name in names) == any(
                 option in text.replace("up-", "") for option in options

@@ -1,5 +1,5 @@
-# The embedded default, second edition: goes on from the first one's weights and learns images, given
-# frames, two shapes, more sizes and lengths, and frame rates.
+# The embedded default, second edition: goes on from the first one's weights and learns images,
+# given frames, two shapes, more sizes and lengths, and frame rates.
 outputs = "outputs/tiny"
 seed = 44
 
