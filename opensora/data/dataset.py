@@ -101,7 +101,7 @@ class VariableVideoTextDataset:
                 video.read_frames(row.path, wanted), size, self.transform
             ),
             text=text,
-            fps=(entry.fps or DEFAULT_FPS) // interval,
+            fps=(entry.fps or known.fps or DEFAULT_FPS) // interval,
         )
 
 
