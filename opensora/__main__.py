@@ -15,6 +15,7 @@ from opensora.program import run_program
 
 COMMANDS = {
     "generate": "clips and images from text",
+    "export": "a training checkpoint as safetensors that generate loads",
     "doctor": "check this installation: every kernel against its reference",
 }
 
@@ -40,6 +41,10 @@ def _main(words: list[str]) -> int:
         print(USAGE)
     elif words[0] == "doctor":
         return _doctor(words[1:])
+    elif words[0] == "export":
+        from opensora.export import main as export
+
+        return export(words[1:])
     elif words[0] in ("-V", "--version"):
         print(f"opensora {opensora.__version__}")
     else:

@@ -82,13 +82,13 @@ def load_model(
                 f"{found.source}: these weights ({first}, ...) are of no known model; you asked "
                 f"for {wanted_family}"
             )
-        config = infer(_shapes(tensors))
+        config = infer(shapes_of(tensors))
     if isinstance(config, Mapping):
         config = cls.config_class.from_dict(config)  # type: ignore[attr-defined]
     with torch.device("meta"):
         model = cls(config)
-    _rename(model, tensors)
-    wanted, given = _shapes(model.state_dict()), _shapes(tensors)
+    apply_renamings(model, tensors)
+    wanted, given = shapes_of(model.state_dict()), shapes_of(tensors)
     if wanted != given:
         raise WeightsError(
             f"{found.source}: the weights do not fit this {cls.__name__} of {len(wanted)} tensors: "
@@ -100,7 +100,8 @@ def load_model(
     return model.eval()
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """Return the shape of every tensor by name."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -128,10 +129,10 @@ def _compared_with_any(cls: Any, config: Any, tensors: Mapping[str, Tensor]) -> 
         config = None
     with torch.device("meta"):
         model = cls(config or cls.config_class())
-    return f" ({describe_mismatch(_shapes(model.state_dict()), _shapes(tensors))})"
+    return f" ({describe_mismatch(shapes_of(model.state_dict()), shapes_of(tensors))})"
 
 
-def _rename(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def apply_renamings(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Apply the renamings of older names that modules registered for `load_state_dict`."""
     for prefix, module in model.named_modules():
         for hook in module._load_state_dict_pre_hooks.values():
@@ -157,12 +158,7 @@ def _assign(
         tensor = tensors.pop(name)  # so that a mapped file's pages can go
         done += tensor.nbytes
         if tensor.is_floating_point():
-            bad = int((~tensor.isfinite()).sum())
-            if bad:
-                raise WeightsError(
-                    f"{source}: {name} holds {bad} NaN or infinite of {tensor.numel()} values; "
-                    "the file is damaged or training diverged: use another checkpoint"
-                )
+            check_finite(source, name, tensor)
             tensor = tensor.to(device, dtype or tensor.dtype, copy=True)
         else:
             tensor = tensor.to(device, copy=True)
@@ -170,6 +166,19 @@ def _assign(
         if progress is not None:
             progress(done, total)
     model.load_state_dict(state, strict=True, assign=True)
+
+
+def check_finite(source: str, name: str, tensor: Tensor) -> None:
+    """Check that a tensor holds numbers alone.
+
+    Raises:
+        WeightsError: a value is NaN or infinite.
+    """
+    if tensor.is_floating_point() and (bad := int((~tensor.isfinite()).sum())):
+        raise WeightsError(
+            f"{source}: {name} holds {bad} NaN or infinite of {tensor.numel()} values; "
+            "the file is damaged or training diverged: use another checkpoint"
+        )
 
 
 def _fill_unsaved_buffers(

@@ -26,7 +26,8 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 log = logging.getLogger("opensora")
 
 _SUFFIXES = (".safetensors", *PICKLES)
-_INDEX = ".safetensors.index.json"
+_INDEXES = (".safetensors.index.json", ".bin.index.json")
+_NUMBERED = re.compile(r"(.+-)(\d{5})(?:-of-(\d{5}))?(\.\w+)")
 _PARTS = ("transformer", "vae")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -88,7 +89,7 @@ def locate(source: str | os.PathLike[str], subfolder: str | None = None) -> Weig
     path = resolve(source, subfolder)
     shown = f"{source}/{subfolder}" if subfolder else os.fspath(source)
     if path.is_file():
-        if path.name.endswith(_INDEX):
+        if path.name.endswith(_INDEXES):
             files = _shards(path)
         elif path.suffix in _SUFFIXES:
             files = (path,)
@@ -99,6 +100,10 @@ def locate(source: str | os.PathLike[str], subfolder: str | None = None) -> Weig
         config = path.parent / "config.json"
         return WeightFiles(shown, files, config if config.is_file() else None, True)
     config = path / "config.json"
+    if (path / "index.json").is_file() and (path / "running_states.json").is_file():
+        raise WeightsError(
+            f"{shown} is a training checkpoint; make a model of it: opensora export {shown} OUT"
+        )
     files = _weights_in(path)
     if not files and (path / "model").is_dir():
         config, files = path / "model" / "config.json", _weights_in(path / "model")
@@ -125,10 +130,13 @@ def _some(files: tuple[Path, ...], folder: Path) -> tuple[Path, ...]:
 
 def _weights_in(folder: Path) -> tuple[Path, ...]:
     """Return a folder's weight files: shards by their index, else one safetensors, else one .pt."""
-    for index in sorted(folder.glob(f"*{_INDEX}")):
-        return _shards(index)
+    for ending in _INDEXES:
+        for index in sorted(folder.glob(f"*{ending}")):
+            return _shards(index)
     for suffixes in ((".safetensors",), PICKLES):
         files = sorted(p for p in folder.iterdir() if p.suffix in suffixes and p.is_file())
+        if len(files) > 1 and _are_all_shards(files):
+            return tuple(files)
         if len(files) > 1:
             named = [p for p in files if p.stem in ("model", "diffusion_pytorch_model")]
             if len(named) != 1:
@@ -140,6 +148,17 @@ def _weights_in(folder: Path) -> tuple[Path, ...]:
         if files:
             return (files[0],)
     return ()
+
+
+def _are_all_shards(files: list[Path]) -> bool:
+    """Tell whether files are numbered parts of one model, with none left out."""
+    parts = [_NUMBERED.fullmatch(file.name) for file in files]
+    if not all(parts) or len({(p[1], p[3], p[4]) for p in parts if p}) != 1:
+        return False
+    numbers = [int(p[2]) for p in parts if p]
+    first, total = numbers[0], parts[0][3] if parts[0] else None
+    in_order = first in (0, 1) and numbers == list(range(first, first + len(numbers)))
+    return in_order and (total is None or int(total) == len(numbers))
 
 
 def _shards(index: Path) -> tuple[Path, ...]:

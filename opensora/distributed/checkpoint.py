@@ -124,6 +124,7 @@ class Checkpointer:
         self.wait()
         tensors: dict[str, Tensor] = {}
         values = dataclasses.asdict(dataclasses.replace(progress, extra={}))
+        values["modules"] = parts.describe_modules(modules)
         values["extra"] = parts.split_extra(progress.extra, "extra", tensors)
         tensors |= parts.model_tensors(modules)
         values["optimizers"] = {}

@@ -26,7 +26,8 @@ log = logging.getLogger("opensora")
 _CHECKPOINT = re.compile(r"epoch\d+-global_step(\d+)")
 _HIDDEN = re.compile(r"\.(epoch\d+-global_step\d+)\.(partial|replaced|removed)")
 _RUN = re.compile(r"(\d{3,})-.+")
-_OURS = re.compile(rf"\d{{5}}\.safetensors|{re.escape(INDEX)}|{re.escape(STATES)}")
+# safetensors writes to a `.tmp` name and renames; a kill leaves that.
+_OURS = re.compile(rf"\d{{5}}\.safetensors|\.tmp\w+|{re.escape(INDEX)}|{re.escape(STATES)}")
 
 
 def new_run_folder(outputs: Path, model_name: str) -> Path:

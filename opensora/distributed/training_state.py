@@ -54,6 +54,19 @@ def _has_state(module: nn.Module) -> bool:
     return next(iter(module.state_dict()), None) is not None
 
 
+def describe_modules(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+    """Return what exporting needs to know of each module: its family and config, if it has them."""
+    found = {}
+    for name, module in modules.items():
+        to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+        config = to_dict() if to_dict is not None else None
+        found[name] = {
+            "family": getattr(module, "family", None),
+            "config": config if _is_json(config) else None,
+        }
+    return found
+
+
 def parameter_names(modules: Mapping[str, nn.Module]) -> dict[Tensor, str]:
     """Name every parameter as `model_tensors` does; one that goes by two names has the first."""
     names: dict[Tensor, str] = {}
@@ -231,6 +244,8 @@ def local(tensor: Tensor) -> Tensor:
 def _is_json(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_json, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(inner) for key, inner in value.items())
     return value is None or isinstance(value, str | bool | int | float)
 
 
