@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from opensora.errors import UsageError
 from opensora.files import write_error, write_text
+from opensora.training.memory import peak_memory
 from opensora.training.trackers import Tracker, flatten
 
 BANDS = 10  # of the timesteps, 0-100 to 900-1000
@@ -242,14 +241,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise UsageError(f"{path}, line {number}, is no JSON: remove it") from error
     return objects
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes held so far: by tensors on a GPU, by the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def clock(seconds: float) -> str:

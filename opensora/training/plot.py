@@ -45,7 +45,7 @@ def write_loss_plot(folder: Path, *, log_x: bool = False) -> Path | None:
         The file, None if there is nothing to draw yet.
     """
     lines = read_metrics(folder / "metrics.jsonl")
-    panels = {
+    panels: dict[str, dict[str, Sequence[tuple[float, float]]]] = {
         "training loss": {"loss": _points(lines, "loss"), "smoothed": []},
         "training loss by timestep": _nested(lines, "bands"),
         "validation loss": {
