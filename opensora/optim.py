@@ -3,17 +3,20 @@
 Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". The update
 of a weight matrix is its Nesterov momentum with all singular values moved near 1 by five steps of a
 quintic Newton-Schulz iteration. Convolution weights are taken as matrices [out, in * kernel], which
-`torch.optim.Muon` refuses.
+`torch.optim.Muon` refuses. Sharded matrices (DTensor) are gathered for it, one after the other, and
+every process moves its own shard: the same numbers as on one process.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -87,7 +90,8 @@ class Muon(torch.optim.Optimizer):
                 # One batched product for all matrices of one shape: a transformer has few shapes.
                 by_shape: defaultdict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
                 for parameter in parameters:
-                    by_shape[tuple(parameter.flatten(1).shape)].append(parameter)
+                    shape = parameter.shape
+                    by_shape[shape[0], math.prod(shape[1:])].append(parameter)
                 for same in by_shape.values():
                     self._step_matrices(same, group)
             elif parameters:
@@ -102,13 +106,16 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(gradient, 1 - group["momentum"])
-            updates.append(gradient.lerp(state["momentum"], group["momentum"]).flatten(1))
+            update = gradient.lerp(state["momentum"], group["momentum"])
+            updates.append(_whole(update).flatten(1))
         stacked = torch.stack(updates)
         # Size independent of the shape: root mean square 0.2, as an AdamW step has.
         size = 0.2 * max(stacked.shape[1:]) ** 0.5
         for parameter, update in zip(parameters, orthogonalise(stacked), strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
+            parameter.add_(
+                _like(update.view(parameter.shape), parameter), alpha=-group["lr"] * size
+            )
 
     def _step_adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
@@ -126,3 +133,16 @@ class Muon(torch.optim.Optimizer):
             mean = state["mean"] / (1 - beta1 ** state["step"])
             root = (state["square"] / (1 - beta2 ** state["step"])).sqrt().add_(group["eps"])
             parameter.addcdiv_(mean, root, value=-group["lr"])
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Shard a tensor that every process has as `parameter` is, without communication."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)

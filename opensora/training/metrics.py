@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from opensora.errors import UsageError
 from opensora.files import write_error, write_text
+from opensora.training.memory import peak_memory
 from opensora.training.trackers import Tracker, flatten
 
 BANDS = 10  # of the timesteps, 0-100 to 900-1000
@@ -80,7 +79,7 @@ class Metrics:
 
     def _clear(self) -> None:
         self._sums: defaultdict[str, float] = defaultdict(float)
-        self._bands = torch.zeros(2, BANDS, dtype=torch.float64)
+        self._samples: list[tuple[Tensor, Tensor]] = []
         self._buckets: defaultdict[str, list[float]] = defaultdict(list)
         self._extra: defaultdict[str, list[float]] = defaultdict(list)
         self._last: dict[str, float] = {}
@@ -108,13 +107,9 @@ class Metrics:
     def losses(self, timesteps: Tensor, losses: Tensor) -> None:
         """Add the losses [B] of samples at timesteps [B] in [0, 1000] to their bands.
 
-        Waits for the device. Losses that are not finite are left out.
+        They are read at the next report, so the device is not waited for.
         """
-        t, loss = timesteps.detach().double().cpu(), losses.detach().double().cpu()
-        fine = loss.isfinite()
-        band = (t[fine] * BANDS / 1000).long().clamp(0, BANDS - 1)
-        self._bands[0].index_add_(0, band, loss[fine])
-        self._bands[1].index_add_(0, band, torch.ones_like(loss[fine]))
+        self._samples.append((timesteps.detach(), losses.detach()))
 
     def step(
         self,
@@ -162,7 +157,7 @@ class Metrics:
         names = ("loss", "fine", "steps", "tokens", "flops", "wait")
         means = [sum(each) / len(each) for each in self._extra.values()]
         own = torch.tensor([self._sums[name] for name in names] + means, dtype=torch.float64)
-        both = self._sum_ranks(torch.cat([own, self._bands.flatten()]))
+        both = self._sum_ranks(torch.cat([own, _band_sums(self._samples).flatten()]))
         sums = dict(zip(names, both.tolist(), strict=False))
         extra = both[len(names) : len(own)] / max(1.0, sums["steps"] / self._sums["steps"])
         bands = both[len(own) :].view(2, BANDS)
@@ -248,14 +243,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes held so far: by tensors on a GPU, by the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def clock(seconds: float) -> str:
     """Format a duration, 1:02:03."""
     minutes, rest = divmod(int(seconds), 60)
@@ -270,6 +257,18 @@ def _trim(path: Path, first_step: int) -> float:
     kept = [line for line in read_metrics(path) if line["step"] <= first_step]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return float(kept[-1].get("seconds", 0.0)) if kept else 0.0
+
+
+def _band_sums(samples: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the sums and counts [2, BANDS] of the finite losses of every band."""
+    bands = torch.zeros(2, BANDS, dtype=torch.float64)
+    if samples:
+        t, loss = (torch.cat(each).double().cpu() for each in zip(*samples, strict=True))
+        fine = loss.isfinite()
+        band = (t[fine] * BANDS / 1000).long().clamp(0, BANDS - 1)
+        bands[0].index_add_(0, band, loss[fine])
+        bands[1].index_add_(0, band, torch.ones_like(loss[fine]))
+    return bands
 
 
 def _band_means(bands: Tensor) -> dict[str, float]:
