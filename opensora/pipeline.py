@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ from opensora.request import (
     validate_request,
 )
 from opensora.schedulers.rflow import RFlow
+
+if TYPE_CHECKING:
+    from opensora.lora_blend import LoraBlend
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 
@@ -107,6 +110,7 @@ class OpenSoraPipeline:
             **(defaults or {}),
         }
         self.sources = dict(sources or {})
+        self._loras: LoraBlend | None = None
         for key in self.defaults:
             if key not in DEFAULT_KEYS:
                 raise UsageError(f"unknown default {key!r}; use some of {', '.join(DEFAULT_KEYS)}")
@@ -233,6 +237,33 @@ class OpenSoraPipeline:
         from opensora.pipeline_folder import save_pipeline
 
         save_pipeline(self, Path(folder), dtype)
+
+    def load_lora_weights(self, source: str | Path, weight: float = 1.0) -> None:
+        """Add low-rank updates (LoRA) to the transformer, times `weight`; several sum up.
+
+        Args:
+            source: safetensors file or PEFT folder, made by `opensora.lora`, PEFT, diffusers or
+                kohya's programs.
+            weight: how strongly it counts; 1 as trained.
+
+        Raises:
+            WeightsError: it cannot be read, or is of another model.
+        """
+        from opensora.lora_blend import LoraBlend
+        from opensora.lora_files import locate_lora
+
+        loras = self._loras or LoraBlend(self.transformer)
+        loras.add(source, weight)
+        self._loras = loras
+        number = sum(name.startswith("lora ") for name in self.sources) + 1
+        self.sources[f"lora {number}"] = str(locate_lora(source))
+
+    def unload_lora_weights(self) -> None:
+        """Give the transformer the weights back that it had before any `load_lora_weights`."""
+        if self._loras is not None:
+            self._loras.clear()
+        self._loras = None
+        self.sources = {k: v for k, v in self.sources.items() if not k.startswith("lora ")}
 
     def request(self, **given: Any) -> Request:
         """Fill and check a request for this pipeline; see `validate_request`."""

@@ -58,9 +58,9 @@ def load_parts(
             progress=progress.stage("loading the transformer", "B"),
         )
     if "vae" not in made:
-        made["vae"] = _load_vae(parts.vae, dtype, device, progress)
+        made["vae"] = load_vae(parts.vae, dtype, device, progress)
     if "text_encoder" not in made:
-        made["text_encoder"] = _load_text_encoder(
+        made["text_encoder"] = load_text_encoder(
             parts.text_encoder, text_encoder_dtype, device, progress
         )
     made.setdefault("scheduler", RFlow.from_dict(parts.scheduler))
@@ -68,9 +68,10 @@ def load_parts(
     return (pipeline_class or OpenSoraPipeline)(**made, defaults=parts.defaults, sources=sources)
 
 
-def _load_vae(
+def load_vae(
     part: Part, dtype: torch.dtype, device: torch.device, progress: Progress
 ) -> VideoAutoencoder:
+    """Open a VAE; what the configuration says of its micro batches is set."""
     kind = part.options.get("type")
     vae = load_model(
         VideoAutoencoder,
@@ -87,9 +88,10 @@ def _load_vae(
     return vae
 
 
-def _load_text_encoder(
+def load_text_encoder(
     part: Part, dtype: torch.dtype | None, device: torch.device, progress: Progress
 ) -> T5TextEncoder:
+    """Open a text encoder, float32 unless the type or the configuration says otherwise."""
     report = progress.stage("loading the text encoder", "model")
     report(0, 1)
     encoder = T5TextEncoder.from_pretrained(

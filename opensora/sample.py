@@ -75,6 +75,8 @@ def generate(argv: Sequence[str], program: str = "opensora generate") -> int:
     shown = config.progress and not config.quiet and config.verbose > 0
     with _Bars(None if shown else False) as bars, _notes(say, plan.notes):
         pipe = load_parts(plan.parts, dtype=plan.dtype, device=plan.device, progress=bars)
+        for path, weight in plan.loras:
+            pipe.load_lora_weights(path, weight)
         stop_if_requested()
         digests = digests_in_background(pipe.sources)
         bars.close()

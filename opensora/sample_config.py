@@ -103,6 +103,12 @@ class SampleConfig:
         env=True,
         metavar="PATH",
     )
+    lora: tuple[str, ...] | None = setting(
+        None,
+        "low-rank updates of the transformer, each with its weight (default: 1)",
+        group=MODELS,
+        metavar="PATH[:WEIGHT]",
+    )
     # Dicts with `type` and `from_pretrained`; ruff takes a dict default for a mutable one.
     model: Section = setting(None, "transformer")  # noqa: RUF009
     vae: Section = setting(None, "video autoencoder")  # noqa: RUF009

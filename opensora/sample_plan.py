@@ -14,6 +14,7 @@ from opensora.devices import choose_device, choose_dtype
 from opensora.errors import UsageError
 from opensora.files import check_folder
 from opensora.generation import text_of
+from opensora.lora_files import parse_lora
 from opensora.media import estimate_bytes, frame_rate
 from opensora.pipeline_parts import PipelineParts
 from opensora.prompts import prepare_prompt
@@ -42,6 +43,7 @@ class Plan:
         config: settings with the checkpoint's defaults filled in.
         sources: where each came from.
         parts: where the models are.
+        loras: low-rank updates of the transformer, each with its weight.
         request: sizes and sampling settings.
         batches: clips that are sampled together, in order.
         save_fps: frame rate of the files.
@@ -53,6 +55,7 @@ class Plan:
     config: SampleConfig
     sources: Sources
     parts: PipelineParts
+    loras: list[tuple[Path, float]]
     request: Request
     batches: list[list[Clip]]
     save_fps: float
@@ -92,6 +95,7 @@ def make_plan(config: SampleConfig, sources: Sources) -> Plan:
         scheduler=config.scheduler,
         ckpt_path=config.ckpt_path,
     )
+    loras = [parse_lora(text) for text in config.lora or ()]
     config, request = _request(config, sources, parts, frames, size)
     factor = parts.vae_factor
     if request.height % factor or request.width % factor:
@@ -109,7 +113,7 @@ def make_plan(config: SampleConfig, sources: Sources) -> Plan:
     for clip in (clip for batch in batches for clip in batch):
         if clip.path.is_dir():
             raise UsageError(f"cannot write {clip.path}: it is a folder; use --sample-name")
-    return Plan(config, sources, parts, request, batches, save_fps, device, dtype, notes)
+    return Plan(config, sources, parts, loras, request, batches, save_fps, device, dtype, notes)
 
 
 def _request(
@@ -223,6 +227,7 @@ def describe_plan(plan: Plan) -> str:
         f"{request.noise} noise, seeds {clips[0].seed} to {clips[-1].seed}",
         f"{plan.device}, {str(plan.dtype).removeprefix('torch.')}, at least {memory:.2f} GiB",
         *(f"{name}: {source}" for name, source in plan.parts.describe().items()),
+        *(f"lora: {path}, weight {weight:g}" for path, weight in plan.loras),
         *(f"{clip.path}: {clip.text}" for clip in clips[:20]),
     ]
     if len(clips) > 20:

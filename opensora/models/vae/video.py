@@ -143,6 +143,18 @@ class VideoAutoencoder(PretrainedMixin, nn.Module):
         z = self._encode(x.to(self.scale), sample, generator, noise)[0]
         return z if self.config.cal_loss else (z - self.shift) / self.scale
 
+    def encode_distribution(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of a video's normalised latent, like `encode`'s z.
+
+        The mean is `encode(x, sample=False)`. The deviation is the temporal posterior's; that of
+        the 2D one, which `encode` draws from too, is far below it and left out.
+        """
+        z, posterior, _ = self._encode(x.to(self.scale), False, None, None)
+        std = torch.exp(0.5 * posterior.logvar)
+        if self.config.cal_loss:
+            return z, std
+        return (z - self.shift) / self.scale, std / self.scale
+
     def decode(
         self,
         z: Tensor,

@@ -1,0 +1,285 @@
+"""Run the VAE and the text encoder over a table once, and keep what they make for training.
+
+    python scripts/misc/extract_feat.py CONFIG --data-path meta.csv --outputs features
+
+CONFIG has Open-Sora's keys: dataset, bucket_config, vae, text_encoder, save_text_features. Every
+row is encoded at the size of its bucket. What is stored of a latent is mean and deviation, so that
+training goes on drawing it. The program can be killed at any moment and called again: rows that
+are stored are skipped. `--start-index` and `--end-index` share the table among processes that
+write into one folder. Without latents (`--no-save-latents`) it is a cache of texts.
+
+    dataset = dict(type="CachedFeatures", data_path="features")      # in the training's CONFIG
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opensora.captions import clean_prompt, plain_caption
+from opensora.config import parse_command_line, setting
+from opensora.data.batch import Dataset, Sample, SampleError, Size
+from opensora.data.dataset import build_dataset
+from opensora.data.feature_shards import FeatureRow, FeatureWriter
+from opensora.data.quarantine import Quarantine
+from opensora.data.sampler import build_sampler
+from opensora.devices import DTYPES, choose_device, choose_dtype
+from opensora.errors import UsageError
+from opensora.feature_encoders import Encoders, load_encoders
+from opensora.pipeline_parts import PipelineParts
+from opensora.program import run_program, stop_if_requested
+
+NO_SIZE = Size(0, 0, 0)
+_TRAINING = "accepted; it belongs to training"
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Hold the settings of an extraction; see `--help`."""
+
+    # Dicts with `type`; ruff takes a dict default for a mutable one.
+    dataset: dict[str, Any] | None = setting(None, "table of clips")  # noqa: RUF009
+    bucket_config: dict[str, Any] | None = setting(None, "sizes of clips")  # noqa: RUF009
+    vae: dict[str, Any] | None = setting(None, "video autoencoder")  # noqa: RUF009
+    text_encoder: dict[str, Any] | None = setting(None, "text encoder")  # noqa: RUF009
+    data_path: str | None = setting(None, "table; stands in for dataset.data_path")
+    ckpt_path: str | None = setting(None, "pipeline whose VAE and text encoder are taken")
+    outputs: str = setting("outputs/features", "folder of the features")
+    save_latents: bool = setting(True, "encode the clips")
+    save_text_features: bool = setting(False, "encode the captions")
+    save_compressed_text_features: bool = setting(
+        False, "the same: states are stored without padding either way"
+    )
+    save_distribution: bool = setting(
+        True, "store mean and deviation of latents, so that training draws them; no: one draw"
+    )
+    clean_captions: bool = setting(True, "clean captions as Open-Sora does before it encodes them")
+    features_dtype: str = setting(
+        "fp16", "type of what is stored", choices=("fp32", "bf16", "fp16")
+    )
+    dtype: str | None = setting(
+        None, "precision of the models (default: bf16 on a GPU, fp32 on a CPU)", env=True
+    )
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1", env=True)
+    seed: int = setting(1024, "of buckets and of the frames that are read", minimum=0)
+    batch_size: int | None = setting(None, "clips together (default: the bucket's)", minimum=1)
+    bin_size: int = setting(250, "rows a shard; a kill costs at most these", minimum=1)
+    num_workers: int = setting(4, "threads that read clips", minimum=1)
+    start_index: int = setting(0, "first row of the table", minimum=0)
+    end_index: int | None = setting(None, "row to stop before", minimum=0)
+    overwrite: bool = setting(False, "encode rows anew that are stored already")
+    log_every: float = setting(10.0, "seconds between lines of progress", minimum=0)
+
+    model: dict[str, Any] | None = setting(None, "no effect", note=_TRAINING)  # noqa: RUF009
+    wandb: bool = setting(False, "no effect", note=_TRAINING)
+    epochs: int | None = setting(None, "no effect", note="accepted; rows are encoded once")
+    num_bucket_build_workers: int | None = setting(None, "no effect", note=_TRAINING)
+    log_time: bool = setting(False, "no effect", note="accepted; progress shows rows a second")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Name a row to encode: its place in the table, name, caption (if known), size."""
+
+    index: int
+    name: str
+    text: str | None
+    size: Size
+
+
+def plan_tasks(config: ExtractConfig, dataset: Dataset, writer: FeatureWriter) -> list[list[Task]]:
+    """Return the batches to encode: rows of one size together, stored ones left out."""
+    entries = dataset.entries()
+    rows = range(*slice(config.start_index, config.end_index).indices(len(entries)))
+    table = getattr(dataset, "table", None)
+    batches: list[list[Task]] = []
+    waiting: dict[Size, list[Task]] = {}
+    texts = set() if config.overwrite else {row.text for row in writer.known.values()}
+    choose = _sizes(config, dataset) if config.save_latents else lambda index: (NO_SIZE, 64)
+    for index in rows:
+        text = None if table is None else table.rows[index].text or ""
+        name = entries[index].name
+        if table is not None:  # the line in the table may move, and the row is the same
+            path = table.rows[index].path
+            inside = path.is_relative_to(table.root)
+            name = (path.relative_to(table.root) if inside else path).as_posix()
+        chosen = choose(index)
+        if chosen is None:
+            continue
+        size, batch_size = chosen
+        known = writer.known.get((name, size))
+        if known is not None and (text is None or known.text == text) and not config.overwrite:
+            continue
+        if not config.save_latents and text is not None:
+            if text in texts:
+                continue
+            texts.add(text)
+        group = waiting.setdefault(size, [])
+        group.append(Task(index, name, text, size))
+        if len(group) >= (config.batch_size or batch_size):
+            batches.append(waiting.pop(size))
+    return batches + list(waiting.values())
+
+
+def _sizes(config: ExtractConfig, dataset: Dataset) -> Callable[[int], tuple[Size, int] | None]:
+    """Return what tells a row's size and how many of its kind are encoded together."""
+    entries = dataset.entries()
+    fixed: Size | None = getattr(dataset, "size", None)
+    if fixed is not None or config.bucket_config is None:
+        if fixed is None:
+            raise UsageError(
+                "which sizes? Give bucket_config, or a VideoTextDataset with num_frames and "
+                "image_size"
+            )
+        return lambda index: (fixed, 1) if entries[index].num_frames > 0 else None
+    sampler: Any = build_sampler(
+        entries,
+        bucket_config=config.bucket_config,
+        frame_interval=getattr(dataset, "frame_interval", 1),
+        seed=config.seed,
+        strict=getattr(dataset, "strict_buckets", True),
+    )
+
+    def choose(index: int) -> tuple[Size, int] | None:
+        bucket = sampler.choose(index, 0)
+        return None if bucket is None else (bucket.size, sampler.buckets.batch_size(bucket))
+
+    return choose
+
+
+def extract(
+    config: ExtractConfig,
+    dataset: Dataset,
+    encoders: Encoders,
+    writer: FeatureWriter,
+    say: Callable[[str], None] = lambda message: None,
+) -> int:
+    """Encode all rows of a dataset that are not stored; returns how many were.
+
+    Rows that cannot be read are noted in quarantine.jsonl beside the features.
+    """
+    quarantine = Quarantine(writer.folder)
+    batches = plan_tasks(config, dataset, writer)
+    total = sum(len(batch) for batch in batches)
+    say(f"{total} rows to encode, {len(writer.known)} are stored")
+    done = failed = 0
+    begun = said = time.monotonic()
+    with writer:
+        for tasks, rows in _read_ahead(config, dataset, batches):
+            stop_if_requested()
+            good: list[tuple[Task, Sample]] = []
+            for task, row in zip(tasks, rows, strict=True):
+                if isinstance(row, Sample):
+                    good.append((task, row))
+                    continue
+                failed += 1
+                quarantine.add(task.name, row)
+                say(f"left out: {task.name}: {row}")
+            samples = [sample for _, sample in good]
+            for (task, sample), tensors in zip(
+                good, encoders.encode(samples) if samples else [], strict=True
+            ):
+                stored = FeatureRow(task.name, task.size, sample.fps, sample.text or "")
+                writer.add(stored, tensors)
+            done += len(tasks)
+            now = time.monotonic()
+            if now - said >= config.log_every or done == total:
+                said = now
+                rate = done / max(now - begun, 1e-9)
+                left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
+                say(f"{done}/{total} rows, {rate:.2f} rows/s, {left} left, {failed} left out")
+    return done - failed
+
+
+def _read_ahead(
+    config: ExtractConfig, dataset: Dataset, batches: Sequence[Sequence[Task]]
+) -> Iterator[tuple[Sequence[Task], list[Sample | SampleError]]]:
+    """Read batches in threads, one batch ahead of the models."""
+
+    def read(task: Task) -> Sample | SampleError:
+        if not config.save_latents and task.text is not None:
+            return Sample(text=task.text)
+        try:
+            sample = dataset.load(
+                task.index, task.size, random.Random(f"{config.seed}/0/{task.index}")
+            )
+        except SampleError as error:
+            return error
+        if config.save_latents and sample.video is None:
+            return SampleError("its dataset gives no pixels")
+        return sample
+
+    waiting: deque[tuple[Sequence[Task], list[Future[Sample | SampleError]]]] = deque()
+    # One thread within an operation: there are as many readers as the processor has room for.
+    pool = ThreadPoolExecutor(config.num_workers, "opensora-extract", torch.set_num_threads, (1,))
+    try:
+        for tasks in batches:
+            waiting.append((tasks, [pool.submit(read, task) for task in tasks]))
+            if len(waiting) > 1:
+                first, rows = waiting.popleft()
+                yield first, [row.result() for row in rows]
+        for first, rows in waiting:
+            yield first, [row.result() for row in rows]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run(config: ExtractConfig, say: Callable[[str], None] = lambda message: None) -> int:
+    """Do what a configuration says; returns the number of rows that were encoded.
+
+    Raises:
+        OpenSoraError: anything the user can act on.
+    """
+    save_text = config.save_text_features or config.save_compressed_text_features
+    if not (save_text or config.save_latents):
+        raise UsageError("nothing to extract: set save_latents or save_text_features")
+    given = dict(config.dataset or {})
+    if config.data_path is not None:
+        given["data_path"] = config.data_path
+    dataset = build_dataset(given)
+    parts = PipelineParts.from_config(
+        vae=config.vae, text_encoder=config.text_encoder, ckpt_path=config.ckpt_path
+    )
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    encoders, settings = load_encoders(
+        parts,
+        vae=config.save_latents,
+        text_encoder=save_text,
+        prepare=clean_prompt if config.clean_captions else plain_caption,
+        distribution=config.save_distribution,
+        stored=DTYPES[config.features_dtype],
+        dtype=dtype,
+        device=device,
+    )
+    settings["clean_captions"] = config.clean_captions if save_text else None
+    settings["frame_interval"] = getattr(dataset, "frame_interval", 1)
+    settings["seed"] = config.seed if config.save_latents else None
+    writer = FeatureWriter(Path(config.outputs), settings, config.bin_size)
+    return extract(config, dataset, encoders, writer, say)
+
+
+def main(argv: Sequence[str] | None = None, program: str = "extract_feat.py") -> int:
+    """Run the program and return its exit status; see `opensora.program`."""
+
+    def start() -> int:
+        words = sys.argv[1:] if argv is None else argv
+        config, sources = parse_command_line(
+            ExtractConfig, words, program, description=(__doc__ or "").split("\n\n")[0]
+        )
+        for note in sources.notes:
+            print(f"note: {note}", file=sys.stderr)
+        count = run(config, lambda message: print(message, file=sys.stderr, flush=True))
+        print(f"{config.outputs}  {count} rows encoded")
+        return 0
+
+    return run_program(start)
