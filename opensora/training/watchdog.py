@@ -108,8 +108,9 @@ class Watchdog:
         if self.rewound >= self.rewinds:
             raise NonFiniteError(
                 f"{self.in_row} steps in a row, up to step {step}, had "
-                f"{_words(losses, grad_norm)}, after {self.rewound} returns to a checkpoint. The samples are in {self.path}: "
-                "take them out of the table if they are bad, else go on from the last checkpoint "
+                f"{_words(losses, grad_norm)}, after {self.rewound} returns to a checkpoint. The "
+                f"samples are in {self.path}: take them out of the table if they are bad, else go "
+                "on from the last checkpoint "
                 "with --load latest and half the --lr, or with --dtype fp32"
             )
         self.in_row = 0
