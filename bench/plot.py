@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from opensora.training.plot import curves
+
 _ROW, _LEFT, _WIDTH = 22, 380, 480
-_COLOURS = ("#27c", "#2a7", "#c70", "#a3c", "#c33", "#777", "#0aa")
-_AREA = (60, 40, 720, 320)  # left, top, width, height of the axes
 
 
 def bars(entries: Sequence[dict[str, Any]], title: str) -> str:
@@ -48,58 +47,6 @@ def bars(entries: Sequence[dict[str, Any]], title: str) -> str:
     x = _LEFT + _WIDTH / 1.2
     parts.append(f'<path d="M{x:.0f} {_ROW}V{height}" stroke="#999"/></svg>')
     return "".join(parts) + "\n"
-
-
-def curves(series: Mapping[str, Sequence[tuple[float, float]]], title: str) -> str:
-    """Return an SVG of lines over one axis of steps, values on a logarithmic axis.
-
-    Args:
-        series: Label -> (step, value > 0), in order of steps.
-        title: Heading.
-
-    Raises:
-        ValueError: There is no point to draw.
-    """
-    points = [point for line in series.values() for point in line]
-    if not points:
-        raise ValueError("nothing to draw: no series has a point")
-    left, top, width, height = _AREA
-    last = max(step for step, _ in points)
-    low, high = (math.log10(f(value for _, value in points)) for f in (min, max))
-    low, high = low - 0.02, max(high + 0.02, low + 0.1)
-
-    def x(step: float) -> float:
-        return left + width * step / last
-
-    def y(value: float) -> float:
-        return top + height * (high - math.log10(value)) / (high - low)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 40}" '
-        f'height="{top + height + 50 + 18 * len(series)}" font-family="sans-serif" font-size="12">',
-        f'<rect width="100%" height="100%" fill="white"/><text x="8" y="20">{escape(title)}</text>',
-    ]
-    for power in range(math.floor(low), math.ceil(high) + 1):
-        for digit in (1, 2, 5):
-            value = digit * 10.0**power
-            if low <= math.log10(value) <= high:
-                at = y(value)
-                parts.append(
-                    f'<path d="M{left} {at:.1f}h{width}" stroke="#ddd"/>'
-                    f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>'
-                )
-    for fifth in range(6):
-        step, below = last * fifth / 5, top + height + 18
-        parts.append(f'<text x="{x(step):.1f}" y="{below}" text-anchor="middle">{step:.0f}</text>')
-    for index, (label, line) in enumerate(series.items()):
-        colour = _COLOURS[index % len(_COLOURS)]
-        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in line)
-        below = top + height + 40 + 18 * index
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-            f'<text x="{left}" y="{below}" fill="{colour}">{escape(label)}</text>'
-        )
-    return "".join(parts) + "</svg>\n"
 
 
 def read_metrics(path: Path, key: str, after: float = 0.0) -> list[tuple[float, float]]:

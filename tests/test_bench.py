@@ -14,6 +14,7 @@ from torch import Tensor
 from bench import cases, gpu, plot
 from opensora import verified
 from opensora.testing import randn
+from opensora.training.plot import curves
 from opensora.verified import Kernel
 
 
@@ -182,4 +183,4 @@ def test_curves_of_training_stages_follow_one_another(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         plot.main(["one=missing", "--output", str(out)])
     with pytest.raises(ValueError, match="nothing to draw"):
-        plot.curves({"empty": []}, "")
+        curves({"empty": []}, "")

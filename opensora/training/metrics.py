@@ -80,7 +80,7 @@ class Metrics:
 
     def _clear(self) -> None:
         self._sums: defaultdict[str, float] = defaultdict(float)
-        self._bands = torch.zeros(2, BANDS, dtype=torch.float64)
+        self._samples: list[tuple[Tensor, Tensor]] = []
         self._buckets: defaultdict[str, list[float]] = defaultdict(list)
         self._extra: defaultdict[str, list[float]] = defaultdict(list)
         self._last: dict[str, float] = {}
@@ -108,13 +108,9 @@ class Metrics:
     def losses(self, timesteps: Tensor, losses: Tensor) -> None:
         """Add the losses [B] of samples at timesteps [B] in [0, 1000] to their bands.
 
-        Waits for the device. Losses that are not finite are left out.
+        They are read at the next report, so the device is not waited for.
         """
-        t, loss = timesteps.detach().double().cpu(), losses.detach().double().cpu()
-        fine = loss.isfinite()
-        band = (t[fine] * BANDS / 1000).long().clamp(0, BANDS - 1)
-        self._bands[0].index_add_(0, band, loss[fine])
-        self._bands[1].index_add_(0, band, torch.ones_like(loss[fine]))
+        self._samples.append((timesteps.detach(), losses.detach()))
 
     def step(
         self,
@@ -162,7 +158,7 @@ class Metrics:
         names = ("loss", "fine", "steps", "tokens", "flops", "wait")
         means = [sum(each) / len(each) for each in self._extra.values()]
         own = torch.tensor([self._sums[name] for name in names] + means, dtype=torch.float64)
-        both = self._sum_ranks(torch.cat([own, self._bands.flatten()]))
+        both = self._sum_ranks(torch.cat([own, _band_sums(self._samples).flatten()]))
         sums = dict(zip(names, both.tolist(), strict=False))
         extra = both[len(names) : len(own)] / max(1.0, sums["steps"] / self._sums["steps"])
         bands = both[len(own) :].view(2, BANDS)
@@ -270,6 +266,18 @@ def _trim(path: Path, first_step: int) -> float:
     kept = [line for line in read_metrics(path) if line["step"] <= first_step]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return float(kept[-1].get("seconds", 0.0)) if kept else 0.0
+
+
+def _band_sums(samples: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the sums and counts [2, BANDS] of the finite losses of every band."""
+    bands = torch.zeros(2, BANDS, dtype=torch.float64)
+    if samples:
+        t, loss = (torch.cat(each).double().cpu() for each in zip(*samples, strict=True))
+        fine = loss.isfinite()
+        band = (t[fine] * BANDS / 1000).long().clamp(0, BANDS - 1)
+        bands[0].index_add_(0, band, loss[fine])
+        bands[1].index_add_(0, band, torch.ones_like(loss[fine]))
+    return bands
 
 
 def _band_means(bands: Tensor) -> dict[str, float]:
