@@ -1,6 +1,6 @@
 """Datasets by the names of configurations: tables of videos and images with their captions.
 
-    dataset = dict(type="VariableVideoTextDataset", data_path="meta.csv", frame_interval=2)
+dataset = dict(type="VariableVideoTextDataset", data_path="meta.csv", frame_interval=2)
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class VariableVideoTextDataset:
                 video.read_frames(row.path, wanted), size, self.transform
             ),
             text=text,
-            fps=(entry.fps or DEFAULT_FPS) // interval,
+            fps=(entry.fps or known.fps or DEFAULT_FPS) // interval,
         )
 
 

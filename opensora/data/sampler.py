@@ -7,12 +7,13 @@ replicas, and every epoch holds a multiple of `replicas` batches, so one number 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from opensora.data.batch import Entry, Size
+from opensora.data.batch import Dataset, Entry, Size
 from opensora.data.buckets import BucketId, Buckets
 from opensora.errors import UsageError
 
@@ -186,7 +187,8 @@ class FixedSampler:
     """Plan batches of one size.
 
     Args:
-        entries: of the dataset; rows without frames (files that cannot be read) are left out.
+        entries: of the dataset; left out are rows without frames (files that cannot be read) and
+            videos with too few. Images are repeated.
         size: of all clips.
         batch_size: clips a batch.
         seed, replicas, shuffle, drop_last: as for `BatchSampler`.
@@ -209,13 +211,21 @@ class FixedSampler:
         self.entries, self.size, self.batch_size = entries, size, batch_size
         self.seed, self.replicas = seed, replicas
         self.shuffle, self.drop_last = shuffle, drop_last
-        self._rows = [index for index, entry in enumerate(entries) if entry.num_frames > 0]
+        self._rows = [index for index, entry in enumerate(entries) if self.takes(entry)]
+
+    @property
+    def name(self) -> str:
+        """Name the one bucket: "640x360 17", width x height and frames."""
+        return f"{self.size.width}x{self.size.height} {self.size.frames}"
+
+    def takes(self, entry: Entry) -> bool:
+        """Tell whether a row has frames enough."""
+        return entry.num_frames == 1 or entry.num_frames >= max(1, self.size.frames)
 
     def epoch(self, epoch: int) -> list[PlannedBatch]:
         """List the batches of an epoch; see `Sampler`."""
-        name = f"{self.size.width}x{self.size.height} {self.size.frames}"
         return _plan(
-            {(name, self.size): (list(self._rows), self.batch_size)},
+            {(self.name, self.size): (list(self._rows), self.batch_size)},
             self.seed + epoch,
             self.replicas,
             self.shuffle,
@@ -231,39 +241,80 @@ class FixedSampler:
         return full + -full % self.replicas
 
 
-def build_sampler(
-    entries: Sequence[Entry],
+@dataclass(frozen=True)
+class Plan:
+    """Hold what decides over the batches of a run, besides the table.
+
+    Attributes:
+        bucket_config: sizes and batch sizes; None where all clips have one size.
+        size, batch_size: then these.
+        frame_interval: step between the frames that are read.
+        seed, replicas, drop_last: see `BatchSampler`.
+        strict: decide as Open-Sora does, see `opensora.data.buckets`.
+    """
+
+    bucket_config: Mapping[Any, Any] | None = None
+    size: Size | None = None
+    batch_size: int | None = None
+    frame_interval: int = 1
+    seed: int = 1024
+    replicas: int = 1
+    drop_last: bool = True
+    strict: bool = True
+
+    def sampler(self, entries: Sequence[Entry]) -> BatchSampler | FixedSampler:
+        """Return the sampler: by buckets if there are any, of one size otherwise.
+
+        Raises:
+            UsageError: neither buckets nor a size with a batch size, or one of them cannot be.
+        """
+        if self.bucket_config is not None:
+            return BatchSampler(
+                entries,
+                Buckets(self.bucket_config, strict=self.strict),
+                frame_interval=self.frame_interval,
+                seed=self.seed,
+                replicas=self.replicas,
+                drop_last=self.drop_last,
+            )
+        if self.size is None or self.batch_size is None:
+            raise UsageError(
+                "training needs bucket_config, or batch_size with num_frames and image_size of "
+                "the dataset"
+            )
+        return FixedSampler(
+            entries,
+            self.size,
+            self.batch_size,
+            seed=self.seed,
+            replicas=self.replicas,
+            drop_last=self.drop_last,
+        )
+
+
+def make_plan(
+    dataset: Dataset,
     *,
     bucket_config: Mapping[Any, Any] | None = None,
-    size: Size | None = None,
     batch_size: int | None = None,
-    frame_interval: int = 1,
     seed: int = 1024,
     replicas: int = 1,
-    drop_last: bool = True,
-    strict: bool = True,
-) -> BatchSampler | FixedSampler:
-    """Return the sampler of a configuration: by buckets if there are any, of one size otherwise.
+) -> Plan:
+    """Return the plan of a configuration for its dataset.
 
-    Raises:
-        UsageError: neither buckets nor a size with a batch size, or one of them cannot be.
+    Args:
+        dataset: its frame_interval, strict_buckets and size count, where it has them.
+        bucket_config, batch_size, seed: keys of the configuration.
+        replicas: data-parallel processes times accumulation steps.
     """
-    if bucket_config is not None:
-        return BatchSampler(
-            entries,
-            Buckets(bucket_config, strict=strict),
-            frame_interval=frame_interval,
-            seed=seed,
-            replicas=replicas,
-            drop_last=drop_last,
-        )
-    if size is None or batch_size is None:
-        raise UsageError(
-            "training needs bucket_config, or batch_size with num_frames and image_size of the "
-            "dataset"
-        )
-    return FixedSampler(
-        entries, size, batch_size, seed=seed, replicas=replicas, drop_last=drop_last
+    return Plan(
+        bucket_config=bucket_config,
+        size=getattr(dataset, "size", None),
+        batch_size=batch_size,
+        frame_interval=getattr(dataset, "frame_interval", 1),
+        seed=seed,
+        replicas=replicas,
+        strict=getattr(dataset, "strict_buckets", True),
     )
 
 

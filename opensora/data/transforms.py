@@ -121,7 +121,6 @@ def frame_indices(total: int, frames: int, interval: int, start: int) -> list[in
         start: first index.
     """
     end = min(start + frames * interval, total)
-    # In float32 the middle of a long span can land one frame off.
     return [int(i) for i in np.linspace(start, end - 1, frames).astype(np.int64)]
 
 
