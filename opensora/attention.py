@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from opensora.distributed.sequence import Sequence as Ranks
 from opensora.errors import UsageError
 from opensora.functional import (
     cross_attention,
@@ -93,7 +94,13 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, *, temporal: bool = False
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        *,
+        temporal: bool = False,
+        sequence: Ranks | None = None,
+        length: int = 0,
     ) -> Tensor:
         """Return x's shape.
 
@@ -101,9 +108,14 @@ class Attention(nn.Module):
             x: [B, N, C], rows of tokens; or [B, T, S, C], rows of S patches.
             rotary: cos and sin [row length, D] of the positions in a row; None: no rotation.
             temporal: the rows of [B, T, S, C] are the T frames of each patch.
+            sequence: ranks that each hold a part [B, N / n, C] of the tokens and here attend to
+                all of them, some heads each (Ulysses).
+            length: N, with `sequence`.
         """
         frames = x if x.ndim == 4 else x[:, None]
         qkv = self.qkv(frames).unflatten(-1, (3, self.num_heads, self.head_dim))
+        if sequence is not None:
+            qkv = sequence.heads(qkv[:, 0], length)[:, None]
         weights: tuple[Tensor | None, Tensor | None] = (None, None)
         if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
             weights = (self.q_norm.weight, self.k_norm.weight)
@@ -117,7 +129,10 @@ class Attention(nn.Module):
             y = temporal_attention(qkv, *weights, rotary, eps=EPS)
         else:
             y = spatial_attention(qkv, *weights, eps=EPS)
-        result: Tensor = self.proj(y.view(x.shape))
+        if sequence is not None:
+            parts = y[:, 0].unflatten(-1, (-1, self.head_dim))
+            y = sequence.tokens(parts, self.num_heads)
+        result: Tensor = self.proj(y.reshape(x.shape))
         return result
 
 

@@ -2,7 +2,7 @@
 
 A message says what failed, where, why, and what to type next. Programs print it as one line and
 never show a traceback for it. Standard statuses: 0 success, 2 usage, 3 weights, 4 does not fit,
-5 non-finite values, 130 interrupted.
+5 non-finite values, 6 another process is gone or late, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -40,3 +40,9 @@ class NonFiniteError(OpenSoraError):
     """Report NaN or infinity in a latent or a frame, with the step and layer it came from."""
 
     exit_code = 5
+
+
+class CollectiveError(OpenSoraError):
+    """Report that processes of one run lost each other, with the call and the ranks missed."""
+
+    exit_code = 6

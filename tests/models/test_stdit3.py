@@ -105,7 +105,8 @@ def test_forward_matches_recorded(case: str) -> None:
 def test_backward_matches_recorded(recompute: bool) -> None:
     golden = Golden("stdit3_grad")
     model, given, wanted = golden.model, golden.inputs, golden.part("grad.")
-    model.checkpoint_blocks = recompute
+    for block in model.blocks():
+        block.recompute = recompute
     given["x"].requires_grad_()
     given["y"].requires_grad_()
     loss = (model(**given) * golden.loss_weight).sum()

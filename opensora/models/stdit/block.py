@@ -5,10 +5,12 @@ B batch, T frames, S patches per frame, N = T * S tokens, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from opensora.functional import gate_residual, layernorm_modulate, residual_layernorm_modulate
 from opensora.nn import EPS, Attention, Mlp, MultiHeadCrossAttention, PackedText
@@ -28,6 +30,11 @@ class Modulation(NamedTuple):
     rows: Tensor
     select: Tensor | None = None
     rows0: Tensor | None = None
+
+    def plus(self, table: Tensor) -> Modulation:
+        """Return the modulation with a table [6, C] added to its rows."""
+        rows0 = None if self.rows0 is None else self.rows0 + table
+        return Modulation(self.rows + table, self.select, rows0)
 
     def norm(self, first: int) -> dict[str, Any]:
         """Return shift and scale as the ops take them."""
@@ -58,6 +65,11 @@ class STDiT3Block(nn.Module):
     takes tensors and plain numbers and reads no tensor on the host, so `block.compile()` gives one
     graph.
 
+    `recompute = True` computes the block again in the backward pass instead of keeping what is
+    inside it, except what `recompute_context` keeps (see `torch.utils.checkpoint`); it then takes
+    and makes no norm of its neighbours. `adds_table = True` makes it add its own table to the
+    modulation, which then comes without: for parameters that are only gathered inside the block.
+
     Args:
         hidden_size: C.
         num_heads: H.
@@ -80,6 +92,8 @@ class STDiT3Block(nn.Module):
     ) -> None:
         super().__init__()
         self.temporal, self.drop_path = temporal, drop_path
+        self.recompute, self.adds_table = False, False
+        self.recompute_context: Callable[[], Any] | None = None
         self.scale_shift_table = nn.Parameter(torch.randn(6, hidden_size) / hidden_size**0.5)
         self.attn = Attention(hidden_size, num_heads, qk_norm=qk_norm)
         self.cross_attn = MultiHeadCrossAttention(hidden_size, num_heads)
@@ -115,6 +129,26 @@ class STDiT3Block(nn.Module):
             normed: x normalised and modulated for the self-attention, if it is known already.
             following: the modulation of the next block.
         """
+        if not self.recompute or not torch.is_grad_enabled():
+            return self._update(x, text, modulation, frames, rotary, normed, following)
+        kept = {} if self.recompute_context is None else {"context_fn": self.recompute_context}
+        result: tuple[Tensor, None] = checkpoint(
+            self._update, x, text, modulation, frames, rotary, use_reentrant=False, **kept
+        )
+        return result
+
+    def _update(
+        self,
+        x: Tensor,
+        text: PackedText,
+        modulation: Modulation,
+        frames: int,
+        rotary: tuple[Tensor, Tensor] | None,
+        normed: Tensor | None = None,
+        following: Modulation | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.adds_table:
+            modulation = modulation.plus(self.scale_shift_table)
         if normed is None:
             normed = layernorm_modulate(x, **modulation.norm(_ATTENTION), eps=EPS)
         by_frame = normed.unflatten(1, (frames, -1))

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from opensora.checkpoint import PretrainedMixin
+from opensora.distributed.sequence import Sequence as SequenceGroup
 from opensora.errors import UsageError
 from opensora.models.stdit.block import Modulation, STDiT3Block
 from opensora.models.stdit.config import PRESETS, STDiT3Config
 from opensora.models.stdit.reuse import Anew, Reuse
+from opensora.models.stdit.shards import TokenShards
 from opensora.models.stdit.state_dict import infer_config
 from opensora.nn import (
     CaptionEmbedder,
@@ -37,8 +37,10 @@ from opensora.nn import (
 class STDiT3(PretrainedMixin, nn.Module):
     """Predict the velocity of a noisy latent video from its timestep, text and sizes.
 
-    `checkpoint_blocks = True` recomputes every block in the backward pass instead of keeping its
-    activations. Compile block by block: `for b in model.blocks(): b.compile()`.
+    Blocks with `recompute` are computed again in the backward pass instead of keeping their
+    activations. Compile block by block: `for b in model.blocks(): b.compile()`. With a `sequence`
+    the model computes its part of the tokens of a batch that all its ranks are given, and returns
+    the whole prediction on each of them. `parallelize` sets all this.
 
     Args:
         config: the architecture; see `STDiT3Config`.
@@ -51,7 +53,7 @@ class STDiT3(PretrainedMixin, nn.Module):
     def __init__(self, config: STDiT3Config) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False
+        self.sequence: SequenceGroup | None = None
         self._reuse: Reuse | None = None
         width, heads = config.hidden_size, config.num_heads
         self.rope = RotaryEmbedding(width // heads)
@@ -188,28 +190,42 @@ class STDiT3(PretrainedMixin, nn.Module):
         rotary = keep("rotary", (frames,), lambda: self.rope.table(frames))
         blocks = self.blocks()
         texts = [text] * len(blocks)
-        if keep is self._reuse:
+        if keep is self._reuse and not blocks[0].adds_table:  # else weights may be elsewhere
             texts = keep("keys", (text.states,), lambda: self._with_keys(text))
 
+        x = x.to(dtype)
+        shards = None
+        if self.sequence is not None:
+            shards = TokenShards(self.sequence, frames, rows * columns, x_mask)
+            x = shards.latent(x, self.config.patch_size[0])
         conditions = [
             Modulation(row, x_mask, None if rows0 is None else rows0[i])
             for i, row in enumerate(modulations[step])
         ]
-        tokens, normed = self.x_embedder(x.to(dtype), positions), None
+        # A block may compute the norm that the next one begins with, unless that costs memory, an
+        # exchange or a table that only the next one has.
+        always = shards is not None or blocks[0].adds_table
+        recorded = torch.is_grad_enabled()
+        apart = [always or (block.recompute and recorded) for block in blocks] + [True]
+        tokens, normed = self.x_embedder(x, positions), None
         for i, block in enumerate(blocks):
-            call = partial(block, rotary=rotary if block.temporal else None)
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                tokens, _ = checkpoint(
-                    call, tokens, texts[i], conditions[i], frames, use_reentrant=False
-                )
-                continue
-            following = conditions[i + 1] if i + 1 < len(blocks) else None
-            tokens, normed = call(
-                tokens, texts[i], conditions[i], frames, normed=normed, following=following
+            modulation, held = conditions[i], frames
+            if shards is not None:
+                tokens = shards.arrange(tokens, block.temporal)
+                held = shards.local_frames(block.temporal)
+                modulation = modulation._replace(select=shards.x_mask(block.temporal))
+            tokens, normed = block(
+                tokens,
+                texts[i],
+                modulation,
+                held,
+                rotary=rotary if block.temporal else None,
+                normed=normed,
+                following=None if any(apart[i : i + 2]) else conditions[i + 1],
             )
-        return self._unpatchify(
-            self.final_layer(tokens, t[step], x_mask, t0), patches, size
-        ).float()
+        values = self.final_layer(tokens, t[step], x_mask, t0)
+        values = values if shards is None else shards.gather(values)
+        return self._unpatchify(values, patches, size).float()
 
     @contextmanager
     def reusing(self, schedule: Tensor | None = None) -> Iterator[None]:
@@ -233,6 +249,8 @@ class STDiT3(PretrainedMixin, nn.Module):
     def _modulations(self, times: Tensor, fps: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """Return t [steps, B, C] and the rows of all blocks [steps, blocks, B, 6, C].
 
+        They come without the tables of blocks that add theirs.
+
         Args:
             times: [steps, B].
             fps: as in `forward`.
@@ -241,7 +259,10 @@ class STDiT3(PretrainedMixin, nn.Module):
         fps_embedding = self.fps_embedder(fps, batch)
         t = self.t_embedder(times.flatten()).unflatten(0, times.shape) + fps_embedding
         t_block = self.t_block(t.flatten(0, 1)).unflatten(0, times.shape).unflatten(-1, (6, -1))
-        tables = torch.stack([block.scale_shift_table for block in self.blocks()])
+        blocks = self.blocks()
+        if blocks[0].adds_table:
+            return t, t_block[:, None].expand(-1, len(blocks), -1, -1, -1)
+        tables = torch.stack([block.scale_shift_table for block in blocks])
         return t, tables[:, None] + t_block[:, None]
 
     def _positions(self, rows: int, columns: int, height: Tensor, width: Tensor) -> Tensor:
