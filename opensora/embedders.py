@@ -141,7 +141,9 @@ class CaptionEmbedder(nn.Module):
             dropped = torch.rand(caption.shape[0], device=caption.device) < self.uncond_prob
         else:
             dropped = force_drop_ids.to(caption.device) == 1
-        return torch.where(dropped[:, None, None, None], self.y_embedding, caption)
+        # The buffer keeps its own type where parameters are cast for the time of a call.
+        null = self.y_embedding.to(caption.dtype)
+        return torch.where(dropped[:, None, None, None], null, caption)
 
     def forward(
         self, caption: Tensor, *, train: bool = False, force_drop_ids: Tensor | None = None

@@ -14,6 +14,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from opensora.devices import choose_device
@@ -133,7 +134,7 @@ def start_group_of_one(world: World) -> World:
         return world
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     if not dist.is_initialized():
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     mesh, shards = _make_meshes(world.device, 1, 1, 1)
     return replace(world, backend=backend, mesh=mesh, shard_mesh=shards)
 

@@ -65,7 +65,7 @@ class Sequence:
         Raises:
             CollectiveError: a rank did not arrive.
         """
-        parts: Tensor = _Gather.apply(x, self, what)  # [n, *x.shape]
+        parts: Tensor = _Gather.apply(x, self, what)  # type: ignore[no-untyped-call]
         return parts.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, length)
 
     def switch(
@@ -86,7 +86,8 @@ class Sequence:
         part = self.local(x.shape[split_dim])
         x = pad(x, split_dim, part * self.size)
         x = x.unflatten(split_dim, (self.size, part)).movedim(split_dim, 0)
-        x = _Exchange.apply(x, self, what)  # [n, ...], now by the rank that it came from
+        x = _Exchange.apply(x, self, what)  # type: ignore[no-untyped-call]
+        # [n, ...], now by the rank that a part came from.
         return x.movedim(0, join_dim).flatten(join_dim, join_dim + 1).narrow(join_dim, 0, length)
 
     def heads(self, x: Tensor, length: int) -> Tensor:
@@ -119,7 +120,7 @@ class _Exchange(torch.autograd.Function):
         return _exchange(x, sequence, what)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _exchange(grad, ctx.sequence, f"{ctx.what} (backward)"), None, None
 
 
@@ -144,7 +145,7 @@ class _Gather(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         grad = grad.contiguous()
         result = grad.new_empty(grad.shape[1:])
         with named("reduce_scatter", f"{ctx.what} (backward)", ctx.sequence.group):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "image": (2, {"frames": 1, "mask": True}, {}),
     "padded patches of two frames": (1, {"height": 5}, {"patch_size": (2, 2, 2)}),
     "dropped captions and branches": (3, {"mask": True}, {"drop_path": 0.6, "train": True}),
-    "recomputed blocks": (2, {"x_mask": True}, {"drop_path": 0.6, "train": True, "recompute": True}),
+    "recomputed blocks": (2, {"x_mask": True}, {"drop_path": 0.6, "train": True, "recompute": 1}),
     "float64": (2, {"mask": True, "x_mask": True}, {"dtype": torch.float64}),
 }  # fmt: skip
 
@@ -45,7 +46,7 @@ def make_model(**changes: Any) -> STDiT3:
             if parameter.requires_grad and not name.endswith("norm.weight"):
                 parameter.normal_(std=0.3)
     for block in model.blocks():
-        block.recompute = changes.get("recompute", False)
+        block.recompute = bool(changes.get("recompute"))
     return model.train(changes.get("train", False)).to(changes.get("dtype", torch.float32))
 
 
@@ -222,7 +223,7 @@ def test_attention_over_all_tokens_pads_heads_that_do_not_divide(found: Any) -> 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    WORLD = start("cpu", sp_size=int(__import__("os").environ["WORLD_SIZE"]), timeout_s=60)
+    WORLD = start("cpu", sp_size=int(os.environ["WORLD_SIZE"]), timeout_s=60)
     RESULT = main(WORLD)
     stop()
     sys.stdout.write("\n" + json.dumps(RESULT) + "\n")

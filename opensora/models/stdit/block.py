@@ -6,6 +6,7 @@ B batch, T frames, S patches per frame, N = T * S tokens, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -131,10 +132,10 @@ class STDiT3Block(nn.Module):
         """
         if not self.recompute or not torch.is_grad_enabled():
             return self._update(x, text, modulation, frames, rotary, normed, following)
-        kept = {} if self.recompute_context is None else {"context_fn": self.recompute_context}
-        result: tuple[Tensor, None] = checkpoint(
-            self._update, x, text, modulation, frames, rotary, use_reentrant=False, **kept
-        )
+        call = partial(checkpoint, self._update, use_reentrant=False)
+        if self.recompute_context is not None:  # Dynamo wants a constant, or nothing
+            call = partial(call, context_fn=self.recompute_context)
+        result: tuple[Tensor, None] = call(x, text, modulation, frames, rotary)
         return result
 
     def _update(

@@ -225,7 +225,9 @@ class STDiT3(PretrainedMixin, nn.Module):
             )
         values = self.final_layer(tokens, t[step], x_mask, t0)
         values = values if shards is None else shards.gather(values)
-        return self._unpatchify(values, patches, size).float()
+        # FSDP2 hooks the backward pass to the result: a view of something else may lose that.
+        copied = blocks[0].adds_table
+        return self._unpatchify(values, patches, size).to(torch.float32, copy=copied)
 
     @contextmanager
     def reusing(self, schedule: Tensor | None = None) -> Iterator[None]:
