@@ -117,7 +117,8 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     (first,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (second,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     ratio = first.float().norm() / (second.float().norm() + _ADAPTIVE_EPS)
-    return ratio.clamp(0.0, _ADAPTIVE_MAX).detach()
+    weight: Tensor = ratio.clamp(0.0, _ADAPTIVE_MAX).detach()
+    return weight
 
 
 class LeCam(nn.Module):
