@@ -92,7 +92,7 @@ class ShapeLatents:
 
     @torch.no_grad()
     def _encode(self, vae: VideoAutoencoder) -> Tensor:
-        from opensora.train_vae import to_model
+        from opensora.train_shapes_vae import to_model
 
         bucket, parts, started = self.bucket, [], time.monotonic()
         size = max(1, 32 * 17 * 64 * 64 // (bucket.num_frames * bucket.height * bucket.width))
