@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from opensora.data.shapes import CLIP_FRAMES, combinations, render, sample_scene
 from opensora.models.vae import VideoAutoencoder, VideoAutoencoderConfig
 from opensora.models.vae.video import SPATIAL_SCALE
 from opensora.optim import Muon
-from opensora.program import run_program
 from opensora.training.clip import clip_gradients
 from opensora.training.ema import EMA
 from opensora.training.run import TrainingRun
@@ -250,18 +248,14 @@ def train_vae(config: TrainVAEConfig) -> Path:
     return folder
 
 
-def main(argv: Sequence[str] | None = None, program: str = "train_vae.py") -> int:
+def run(argv: Sequence[str], program: str) -> int:
     """Read a configuration file and flags, then train; returns the exit status."""
-
-    def run() -> int:
-        config, sources = parse_command_line(
-            TrainVAEConfig,
-            sys.argv[1:] if argv is None else argv,
-            program,
-            description="Train a video VAE on clips of moving shapes.",
-        )
-        print(sources.table(config), flush=True)
-        train_vae(config)
-        return 0
-
-    return run_program(run)
+    config, sources = parse_command_line(
+        TrainVAEConfig,
+        argv,
+        program,
+        description="Train a video VAE on clips of moving shapes.",
+    )
+    print(sources.table(config), flush=True)
+    train_vae(config)
+    return 0

@@ -160,8 +160,8 @@ class VAEObjective:
                 loss = loss + self._adversarial(made, told)
                 judged = made.detach()
         told["loss"] = loss
-        loss.backward()  # type: ignore[no-untyped-call]
-        return {name: float(value) for name, value in told.items()}, judged
+        loss.backward()
+        return {name: float(value.detach()) for name, value in told.items()}, judged
 
     def _adversarial(self, made: Tensor, told: dict[str, Tensor]) -> Tensor:
         """Return the weighted loss of the decoder against the discriminator."""
@@ -186,13 +186,16 @@ class VAEObjective:
             fake,
             config.discriminator_loss_type,  # type: ignore[arg-type]
         )
-        told = {"disc": float(loss)}
+        told = {"disc": float(loss.detach())}
         if config.lecam_loss_weight:
             held = config.lecam_loss_weight * self.lecam(real, fake)
-            told["lecam"] = float(held)
+            told["lecam"] = float(held.detach())
             loss = loss + held
-        loss.backward()  # type: ignore[no-untyped-call]
-        return told | {"logit_real": float(real.mean()), "logit_fake": float(fake.mean())}
+        loss.backward()
+        return told | {
+            "logit_real": float(real.detach().mean()),
+            "logit_fake": float(fake.detach().mean()),
+        }
 
 
 @contextmanager

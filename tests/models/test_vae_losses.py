@@ -75,7 +75,7 @@ def test_lecam_matches_recorded(recorded: dict[str, Tensor]) -> None:
     torch.testing.assert_close(term, recorded["out.lecam_hinge"])
     lecam = LeCam()
     for real, fake in ((0.5, -0.25), (1.5, 0.75)):
-        lecam.update(torch.tensor([real]), torch.tensor([fake]))
+        lecam.update(real, fake)
     torch.testing.assert_close(lecam.real, recorded["out.lecam_ema_real"])
     torch.testing.assert_close(lecam.fake, recorded["out.lecam_ema_fake"])
 

@@ -75,8 +75,8 @@ class NLayerDiscriminator(nn.Module):
         frames, side = self.least_size
         return video.shape[2] >= frames and min(video.shape[3:]) >= side
 
-    def judge(self, video: Tensor) -> Tensor:
-        """Return the logits of a video [B, C, T, H, W], whose frames are taken apart in 2D.
+    def require(self, video: Tensor) -> None:
+        """Refuse a video [B, C, T, H, W] that is too small.
 
         Raises:
             UsageError: too few frames or too small frames for a single logit.
@@ -89,6 +89,14 @@ class NLayerDiscriminator(nn.Module):
                 f"least {frames} frames of {side}x{side}; use fewer n_layers"
                 + (", type='NLayerDiscriminator', or longer clips" if self.dims == 3 else "")
             )
+
+    def judge(self, video: Tensor) -> Tensor:
+        """Return the logits of a video [B, C, T, H, W], whose frames are taken apart in 2D.
+
+        Raises:
+            UsageError: see `require`.
+        """
+        self.require(video)
         return self.forward(fold_frames(video) if self.dims == 2 else video)
 
 

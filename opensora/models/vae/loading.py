@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from opensora.checkpoint import load_model, read_config
-from opensora.errors import UsageError, WeightsError
+from opensora.errors import WeightsError
 from opensora.models.vae.autoencoder_kl import AutoencoderKL
 from opensora.models.vae.temporal import VAETemporal
 from opensora.models.vae.video import VideoAutoencoder

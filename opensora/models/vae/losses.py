@@ -146,7 +146,7 @@ class LeCam(nn.Module):
         return over.square() + under.square()
 
     @torch.no_grad()
-    def update(self, real: Tensor, fake: Tensor) -> None:
-        """Move the averages towards the means of these logits."""
-        self.real.lerp_(real.float().mean(), 1 - self.decay)
-        self.fake.lerp_(fake.float().mean(), 1 - self.decay)
+    def update(self, real: float, fake: float) -> None:
+        """Move the averages towards the mean logits of a step."""
+        for average, value in ((self.real, real), (self.fake, fake)):
+            average.mul_(self.decay).add_((1 - self.decay) * value)
