@@ -145,9 +145,10 @@ def test_second_stage_goes_on_from_the_folder_of_the_first(tmp_path: Path) -> No
 
 
 def test_third_stage_learns_pixels_on_random_lengths(tmp_path: Path) -> None:
-    folder = train(STAGE3, tmp_path, epochs=5, num_workers=2)
+    folder = train(STAGE3, tmp_path, epochs=6, num_workers=2, lr=1e-2)
     rows = metrics(folder)
-    assert rows[-1]["psnr"] > rows[0]["psnr"]
+    first, last = (sum(r["psnr"] for r in part) / 16 for part in (rows[:16], rows[-16:]))
+    assert last > first + 0.1
     assert {row["frames"] for row in rows} == {1.0, 2.0, 3.0, 4.0, 5.0}
     for row in rows:
         assert row["loss"] == pytest.approx(row["nll"] + row["kl"], rel=1e-5)
