@@ -32,7 +32,7 @@ from opensora.data.shapes_judge import ATTRIBUTES, judge
 from opensora.errors import UsageError
 from opensora.pipeline import OpenSoraPipeline
 from opensora.program import run_program
-from opensora.train_vae import to_model
+from opensora.train_shapes_vae import to_model
 
 #: Least share of clips with every named attribute right; least PSNR in dB of reconstructions.
 BARS = {"seen": 0.95, "triple": 0.93, "pair": 0.88, "reconstructed": 0.98}

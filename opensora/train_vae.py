@@ -1,266 +1,362 @@
-"""Train a video VAE on clips of moving shapes, its 2D part first.
+"""Train a video VAE on a table of clips, in Open-Sora 1.2's three stages.
 
-    python scripts/train_vae.py configs/tiny/train/vae.py
+    python scripts/train_vae.py configs/vae/train/stage1.py --data-path meta.csv
+    torchrun --nproc-per-node 8 scripts/train_vae.py configs/vae/train/stage3.py --data-path T.csv
 
-Four stages follow each other: single frames through the 2D part; 2D latents through the temporal
-part; both together on small windows around the moving shape, where all the detail is; both together
-on whole frames. Starting with the third leaves the loss at the variance of the data for hundreds of
-steps. The loss per value is |e| + e^2 plus `kl_loss_weight` times the mean KL; e is the error of
-the pixels, in the second stage that of the 2D latents over their spread. At the end the per-channel
-mean and spread of the latents are measured and stored as the model's `shift` and `scale`, so that
-latents come out with mean 0 and variance 1.
+Stage 1 trains the temporal VAE on the 2D latents of a frozen 2D VAE, stage 2 both on 2D latents,
+stage 3 both on pixels, on clips of random length. A configuration with `stages` trains the small
+embedded VAE on rendered shapes instead (`opensora.train_shapes_vae`).
+
+Every process holds all weights and gradients are averaged: a VAE of 393M parameters takes 6.3 GB
+with AdamW's state, little beside its activations, and sharding would put communication into the
+several passes through the last layer that the adaptive weight needs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import random
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim import Optimizer
 
 from opensora.checkpoint import save_model
-from opensora.config import parse_command_line
-from opensora.data.shapes import CLIP_FRAMES, combinations, render, sample_scene, track
-from opensora.models.vae import VideoAutoencoder, VideoAutoencoderConfig
-from opensora.models.vae.video import SPATIAL_SCALE
-from opensora.optim import Muon
-from opensora.program import run_program
-from opensora.training.clip import clip_gradients
+from opensora.config import load_config_file, parse_command_line
+from opensora.data.batch import Batch, Dataset, Size
+from opensora.data.dataset import build_dataset
+from opensora.data.loader import Loader
+from opensora.data.quarantine import Quarantine
+from opensora.data.sampler import FixedSampler
+from opensora.distributed import mesh
+from opensora.distributed.checkpoint import Checkpointer, Progress
+from opensora.distributed.collectives import all_reduce, barrier, broadcast_object
+from opensora.distributed.run_folders import find_run, is_ours, new_run_folder
+from opensora.errors import NonFiniteError, UsageError
+from opensora.files import atomic, write_text
+from opensora.models.vae.discriminator import NLayerDiscriminator, build_discriminator
+from opensora.models.vae.loading import TRAINED, build_vae
+from opensora.models.vae.lpips import LPIPS
+from opensora.program import run_program, stop_if_requested
+from opensora.train_vae_config import TrainVAEConfig
+from opensora.training.clip import GradientClip
 from opensora.training.ema import EMA
-from opensora.training.run import TrainingRun
-from opensora.training.schedule import learning_rate_factor
+from opensora.training.gradients import average_gradients
+from opensora.training.optimizers import build_optimizer
+from opensora.training.schedule import Schedule
+from opensora.training.vae_objective import REPORTED, VAEObjective, prepare, shorten
+from opensora.training.watchdog import Verdict, Watchdog
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainVAEConfig:
-    """Settings of a VAE training run; configuration files and flags use these names.
-
-    Attributes:
-        model: Architecture, the content of a VAE's config.json.
-        outputs: Folder of the run; the trained VAE goes to its subfolder `vae`.
-        seed: Seed of weights, clips and noise.
-        num_frames, image_size: Size of the clips, frames and (height, width).
-        window: Side of the square windows of all stages but the last, pixels.
-        stages: Steps of the four stages: frames, latents, windows, whole frames.
-        batch_sizes: Clips (frames in the first stage) a step of each stage.
-        lr, adamw_lr: Step size of matrices (Muon) and of all other parameters (AdamW).
-        warmup_steps, decay: Steps of warm-up; fraction of the run that decays to zero.
-        kl_loss_weight: Weight of the KL term.
-        grad_clip: Largest gradient norm.
-        ema_decay: Decay of the averaged weights, which are what is saved.
-        dtype: "bf16" (autocast) or "fp32".
-        log_every, ckpt_every: Steps between log lines and between resumable states.
-        num_statistics: Clips that scale and shift are measured on.
-    """
-
-    model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    outputs: str = "outputs/tiny-vae"
-    seed: int = 42
-    num_frames: int = CLIP_FRAMES
-    image_size: tuple[int, int] = (64, 64)
-    window: int = 32
-    stages: tuple[int, int, int, int] = (1500, 1200, 600, 150)
-    batch_sizes: tuple[int, int, int, int] = (32, 8, 6, 2)
-    lr: float = 2e-3
-    adamw_lr: float = 2e-3
-    warmup_steps: int = 20
-    decay: float = 0.25
-    kl_loss_weight: float = 2e-4
-    grad_clip: float = 1.0
-    ema_decay: float = 0.99
-    dtype: str = "bf16"
-    log_every: int = 50
-    ckpt_every: int = 500
-    num_statistics: int = 512
-
-
-STAGES = ("frames", "latents", "windows", "whole")
-
-
-def stage_of(config: TrainVAEConfig, step: int) -> int:
-    """Return the index of the stage that a step belongs to."""
-    for index, count in enumerate(config.stages[:-1]):
-        if step < count:
-            return index
-        step -= count
-    return len(config.stages) - 1
-
-
-def draw_batch(config: TrainVAEConfig, step: int) -> Tensor:
-    """Draw the clips of one step: float32 [B, 3, T, H, W] in [-1, 1]; T is 1 in the first stage.
-
-    Steps are seeded by their number, so a resumed run sees the clips it would have seen.
-    """
-    rng = random.Random(config.seed * 1_000_003 + step)
-    stage = stage_of(config, step)
-    height, width = config.image_size
-    clips = []
-    for _ in range(config.batch_sizes[stage]):
-        scene, moment = sample_scene(rng), rng.randrange(config.num_frames)
-        window = None
-        if STAGES[stage] != "whole":
-            x, y = track(scene, config.num_frames, height, width)[moment].tolist()
-            side = config.window
-            top = min(max(0, round(y - side / 2 + rng.uniform(-10, 10))), height - side)
-            left = min(max(0, round(x - side / 2 + rng.uniform(-10, 10))), width - side)
-            window = (top, left, side, side)
-        only = [moment] if STAGES[stage] == "frames" else None
-        clips.append(render(scene, config.num_frames, height, width, window, only))
-    return to_model(torch.stack(clips))
-
-
-def to_model(clips: Tensor) -> Tensor:
-    """Turn uint8 [B, T, H, W, 3] into float32 [B, 3, T, H, W] in [-1, 1]."""
-    return clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-
-
-@torch.no_grad()
-def start_certain(vae: VideoAutoencoder, logvar: float = -8.0) -> None:
-    """Let both posteriors start narrow: at variance 1 the noise drowns the signal for good."""
-    for name in ("spatial_vae.module.quant_conv.bias", "temporal_vae.quant_conv.conv.bias"):
-        bias = vae.get_parameter(name)
-        bias[bias.numel() // 2 :] = logvar
-
-
-def errors(vae: VideoAutoencoder, x: Tensor, stage: int) -> tuple[Tensor, Tensor]:
-    """Encode and decode a batch as far as its stage goes, sampling the posteriors.
+def train_vae(config: TrainVAEConfig, dataset: Dataset | None = None) -> Path:
+    """Run the training that `config` describes.
 
     Args:
-        vae: The model.
-        x: [B, 3, T, H, W] in [-1, 1], T at most the VAE's micro_frame_size.
-        stage: Index into STAGES.
+        config: settings.
+        dataset: clips of one size; None builds the one that the configuration names.
 
     Returns:
-        (error of every value, mean KL a latent value of the posteriors passed, scalar).
-    """
-    with torch.set_grad_enabled(STAGES[stage] != "latents"):
-        spatial = vae.spatial_encode(x)
-        frames = spatial.sample()
-    kl = spatial.kl().sum() / spatial.mean.numel()
-    if STAGES[stage] == "frames":
-        return vae.spatial_decode(frames).float() - x, kl
-    posterior = vae.temporal_vae.encode(frames * SPATIAL_SCALE)
-    decoded = vae.temporal_vae.decode(posterior.sample(), num_frames=x.shape[2]) / SPATIAL_SCALE
-    kl = kl + posterior.kl().sum() / posterior.mean.numel()
-    if STAGES[stage] == "latents":
-        spread = frames.float().std((0, 2, 3, 4), keepdim=True)
-        return (decoded.float() - frames.float()) / spread, kl
-    return vae.spatial_decode(decoded).float() - x, kl
-
-
-@torch.no_grad()
-def measure_latents(
-    vae: VideoAutoencoder, config: TrainVAEConfig
-) -> tuple[list[float], list[float]]:
-    """Measure mean and standard deviation of every latent channel, before scale and shift."""
-    rng = random.Random(config.seed + 1)
-    values = []
-    for _ in range(-(-config.num_statistics // 8)):
-        clips = [render(sample_scene(rng), config.num_frames, *config.image_size) for _ in range(8)]
-        z = vae.encode(to_model(torch.stack(clips)), sample=False)
-        values.append(z * vae.scale + vae.shift)
-    latents = torch.cat(values).transpose(0, 1).flatten(1)
-    return latents.mean(1).tolist(), latents.std(1).tolist()
-
-
-@torch.no_grad()
-def measure_psnr(vae: VideoAutoencoder, config: TrainVAEConfig, num: int = 48) -> float:
-    """Compute the mean PSNR in dB of whole clips of every kind after encoding and decoding."""
-    rng = random.Random(config.seed + 2)
-    triples = combinations("all")
-    total = 0.0
-    for index in range(num):
-        scene = sample_scene(rng, triples[index * 5 % len(triples)])
-        x = to_model(render(scene, config.num_frames, *config.image_size)[None])
-        r = vae.decode(vae.encode(x, sample=False), num_frames=config.num_frames).clamp(-1, 1)
-        total += float(10 * torch.log10(4 / F.mse_loss(r.float(), x)))
-    return total / num
-
-
-def train_vae(config: TrainVAEConfig) -> Path:
-    """Run the training that `config` describes, resuming what its output folder holds.
-
-    Returns:
-        The folder of the trained VAE (`config.json`, `model.safetensors`).
+        The folder of the trained VAE (`config.json`, `model.safetensors`) in the run's folder.
 
     Raises:
-        UsageError: Settings that do not fit, or an output folder that cannot be written.
-        NonFiniteError: The loss became NaN or infinite.
+        UsageError: settings that do not fit, a table that cannot be used or gives no step, or
+            folders that cannot be written.
+        WeightsError: weights or a checkpoint are missing, damaged or of another model.
+        NonFiniteError: the loss stayed NaN or infinite after returns to a checkpoint.
     """
-    torch.manual_seed(config.seed)
-    vae = VideoAutoencoder(VideoAutoencoderConfig.from_dict(config.model))
-    vae.micro_batch_size = None  # all frames of a step at once
-    start_certain(vae)
-    steps = sum(config.stages)
-    run = TrainingRun(Path(config.outputs), dataclasses.asdict(config), steps, config.log_every)
-    optimizer = Muon(
-        vae.named_parameters(),
-        config.lr,
-        config.adamw_lr,
-        adamw_names=("encoder.conv_in.", "decoder.conv_out."),
-    )
-    modules: dict[str, torch.nn.Module] = {"vae": vae}
-    ema = EMA(modules, config.ema_decay)
-    first = run.resume(modules, optimizer, ema)
-    print(
-        f"training {sum(p.numel() for p in vae.parameters()):,} parameters from step {first}",
-        flush=True,
-    )
-    run.start()
-    for step in range(first, steps):
-        factor = learning_rate_factor(step, steps, config.warmup_steps, config.decay)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        x = draw_batch(config, step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bf16"):
-            error, kl = errors(vae, x, stage_of(config, step))
-        squared = error.square().mean()
-        loss = error.abs().mean() + squared + config.kl_loss_weight * kl
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = clip_gradients(vae.parameters(), config.grad_clip)
-        run.log(step, {"loss": loss.item(), "mse": squared.item(), "kl": kl.item(), "norm": norm})
-        optimizer.step()
-        ema.update()
-        if (step + 1) % config.ckpt_every == 0:
-            run.save(step + 1, modules, optimizer, ema)
-            ema.swap()
-            psnr = measure_psnr(vae.eval(), config)
-            ema.swap()
-            vae.train()
-            run.record(step + 1, {"psnr": psnr})
-            print(f"step {step + 1}: reconstructions of whole clips {psnr:.2f} dB", flush=True)
-    ema.swap()
-    vae.eval()
-    mean, spread = measure_latents(vae, config)
-    trained = dataclasses.replace(vae.config, shift=tuple(mean), scale=tuple(spread))
-    result = VideoAutoencoder(trained)
-    weights = vae.state_dict()
-    weights.update({k: v for k, v in result.state_dict().items() if k in ("scale", "shift")})
-    result.load_state_dict(weights)
-    folder = run.folder / "vae"
-    save_model(result.to(torch.bfloat16), folder)
-    print(f"saved {folder}: reconstructions {measure_psnr(result.float(), config):.2f} dB")
-    return folder
+    config.check()
+    world = mesh.start(config.device)
+    try:
+        return _Training(config, world, dataset).run()
+    finally:
+        mesh.stop()
+
+
+class _Training:
+    """Hold the parts of one run."""
+
+    def __init__(self, config: TrainVAEConfig, world: mesh.World, dataset: Dataset | None) -> None:
+        self.config, self.world = config, world
+        frames, height, width = config.clip()
+        self.replicas = world.dp_size * config.accumulation_steps
+        if dataset is None:
+            dataset = build_dataset(_dataset_settings(config, frames, height, width))
+        sampler = FixedSampler(
+            dataset.entries(),
+            Size(frames, height, width),
+            config.batch_size,
+            seed=config.seed,
+            replicas=self.replicas,
+        )
+        self.steps = config.epochs * (sampler.length(0) // self.replicas)
+        if self.steps == 0:
+            raise UsageError(
+                f"the run would take no step: {len(dataset.entries())} rows are fewer than "
+                f"batch_size {config.batch_size} x {self.replicas} (processes x "
+                "accumulation_steps); use a smaller --batch-size, or more rows"
+            )
+        # The same weights on all processes: they draw from the same generator.
+        torch.manual_seed(config.seed)
+        self.vae, origin = build_vae(config.model, source=config.ckpt_path)
+        self.vae.to(world.device).train()
+        prepare(self.vae, config)
+        self.judge: NLayerDiscriminator | None = None
+        if config.discriminator is not None:
+            self.judge = build_discriminator(config.discriminator).to(world.device).train()
+            _check_size(self.judge, frames, height, width)
+        perceptual = None
+        if config.needs_perceptual:
+            perceptual = LPIPS.from_files(config.lpips_path or ()).to(world.device)
+        self.objective = VAEObjective(config, self.vae, self.judge, perceptual)
+        self.modules: dict[str, nn.Module] = {"vae": self.vae, "lecam": self.objective.lecam}
+        if self.judge is not None:
+            self.modules["discriminator"] = self.judge
+        self.optimizers: dict[str, Optimizer] = {
+            name: build_optimizer(
+                [(n, p) for n, p in self.modules[name].named_parameters() if p.requires_grad],
+                lr=config.lr,
+                eps=config.adam_eps,
+                weight_decay=config.weight_decay,
+            )
+            for name in ("vae", "discriminator")
+            if name in self.modules
+        }
+        self.ema: EMA | None = None
+        if config.ema_decay is not None:
+            self.ema = EMA({"vae": self.vae}, config.ema_decay, trained_only=True)
+        self.schedule = Schedule(warmup=config.warmup_steps or 0)
+        self.clip = GradientClip(config.grad_clip)
+        self.folder = self._choose_folder()
+        self.loader = Loader(
+            dataset,
+            sampler,
+            rank=world.dp_rank,
+            replicas=world.dp_size,
+            workers=config.num_workers,
+            prefetch=config.prefetch,
+            seed=config.seed,
+            quarantine=Quarantine(self.folder if world.is_main else None),
+            epochs=config.epochs,
+        )
+        self.watchdog = Watchdog(
+            self.folder,
+            agree=lambda own: int(all_reduce(torch.tensor(own), "the verdict on a step", "max")),
+            rank=world.rank,
+        )
+        self.progress = Progress(batch_size=config.batch_size)
+        self.saved: int | None = None
+        trained = sum(p.numel() for p in self.vae.parameters() if p.requires_grad)
+        self._say(
+            f"{origin}: {trained:,} of {sum(p.numel() for p in self.vae.parameters()):,} "
+            f"parameters learn, {self.steps} steps, {self.folder}"
+        )
+
+    def run(self) -> Path:
+        """Train to the end of the last epoch; returns the folder of the trained VAE."""
+        config, progress = self.config, self.progress
+        with Checkpointer(
+            self.folder,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+        ) as checkpointer:
+            if config.load is not None:
+                self._resume(checkpointer, config.load)
+                progress = self.progress
+            for batches in self._steps(progress.batch):
+                stop_if_requested()
+                verdict = self._step(batches)
+                last = batches[-1]
+                progress.batch = (last.number // self.replicas + 1) * self.replicas
+                if verdict is Verdict.REWIND:
+                    self._rewind(checkpointer)
+                elif verdict is Verdict.OK:
+                    progress.global_step += 1
+                    per_epoch = self.steps // config.epochs
+                    progress.epoch = progress.batch // self.replicas // per_epoch
+                    progress.step = progress.batch // self.replicas % per_epoch
+                    if config.ckpt_every and progress.global_step % config.ckpt_every == 0:
+                        self._save(checkpointer)
+            if self.saved != progress.global_step:
+                self._save(checkpointer)
+        return self._export()
+
+    def _steps(self, first: int) -> Iterator[list[Batch]]:
+        """Yield the batches that this process takes in every step."""
+        batches = self.loader.batches(first)
+        while step := list(islice(batches, self.config.accumulation_steps)):
+            yield step
+
+    def _step(self, batches: list[Batch]) -> Verdict:
+        """Take one optimizer step, unless it is bad."""
+        config, number = self.config, self.progress.global_step
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        told = []
+        for batch in batches:
+            if batch.video is None:
+                continue  # no row of it could be read; the quarantine file says why
+            # All that is random in a batch comes from the seed and the batch's number.
+            torch.manual_seed(config.seed * 1_000_003 + batch.number)
+            video = shorten(batch.video.to(self.world.device), config, batch.number)
+            told.append(self.objective.backward(video, number))
+        means, counts = self._average(told)
+        norms = []
+        for name, optimizer in self.optimizers.items():
+            count = counts["disc" if name == "discriminator" else "loss"]
+            average_gradients(optimizer, count)
+            clipped = self.clip(p for group in optimizer.param_groups for p in group["params"])
+            norms.append(clipped.before)
+        verdict = self.watchdog.check(
+            [values[name] for values in told for name in ("loss", "disc") if name in values],
+            max(norms),
+            [name for batch in batches for name in batch.names],
+            number,
+            details={"batches": [batch.number for batch in batches]},
+        )
+        if verdict is Verdict.OK:
+            for optimizer in self.optimizers.values():
+                self.schedule.set(optimizer, number)
+                optimizer.step()
+            if "logit_real" in means:
+                self.objective.lecam.update(means["logit_real"], means["logit_fake"])
+            if self.ema is not None:
+                self.ema.update()
+            self._log(number + 1, {**means, "norm": norms[0]})
+        return verdict
+
+    def _average(self, told: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, int]]:
+        """Return means of what batches of all processes reported, and how many reported it."""
+        sums = torch.zeros(2, len(REPORTED), dtype=torch.float64)
+        for values in told:
+            for index, name in enumerate(REPORTED):
+                if name in values:
+                    sums[:, index] += torch.tensor([values[name], 1.0], dtype=torch.float64)
+        sums = all_reduce(sums, "losses")
+        counts = dict(zip(REPORTED, sums[1].int().tolist(), strict=True))
+        means = dict(zip(REPORTED, (sums[0] / sums[1]).tolist(), strict=True))
+        return {name: value for name, value in means.items() if counts[name]}, counts
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        """Record a step, and print it every `log_every` steps."""
+        if not self.world.is_main:
+            return
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if step % self.config.log_every == 0 or step == self.steps:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            print(f"step {step}/{self.steps}  {shown}", flush=True)
+
+    def _choose_folder(self) -> Path:
+        """Return the run's folder: that of the checkpoint to go on from, or a new one."""
+
+        def choose() -> str:
+            outputs, load = Path(self.config.outputs), self.config.load
+            if load == "latest" and (found := find_run(outputs)):
+                return str(found)
+            if load not in (None, "latest"):
+                given = Path(load).expanduser()
+                run = given.parent if is_ours(given) else given
+                if run.resolve().parent == outputs.resolve():
+                    return str(run)
+            name = str(self.config.model.get("type", "VideoAutoencoderPipeline"))
+            folder = new_run_folder(outputs, name)
+            text = json.dumps(dataclasses.asdict(self.config), indent=1, default=str)
+            write_text(folder / "config.json", text + "\n")
+            return str(folder)
+
+        return Path(broadcast_object(choose() if self.world.is_main else "", "the run's folder"))
+
+    def _resume(self, checkpointer: Checkpointer, which: str) -> None:
+        found = checkpointer.load(which, self.modules, self.optimizers, self.ema)
+        if found is None:
+            self._say(f"{self.config.outputs} holds no checkpoint yet; training from the start")
+            return
+        self.progress = found
+        self.watchdog.load_state_dict(found.extra["watchdog"])
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["initial_lr"] = self.config.lr
+        self._say(f"resumed at step {found.global_step}, batch {found.batch}")
+
+    def _rewind(self, checkpointer: Checkpointer) -> None:
+        """Return to the weights of the last good checkpoint and go on with the next batch."""
+        found = checkpointer.load("latest", self.modules, self.optimizers, self.ema)
+        if found is None:
+            raise NonFiniteError(
+                f"{self.watchdog.patience} bad steps in a row and no checkpoint to return to; the "
+                f"samples are in {self.watchdog.path}. Try a lower --lr, or --dtype fp32"
+            )
+        self.progress.global_step = found.global_step
+
+    def _save(self, checkpointer: Checkpointer) -> None:
+        if self.watchdog.in_row == 0:
+            self.progress.extra = {"watchdog": self.watchdog.state_dict()}
+            checkpointer.save(self.progress, self.modules, self.optimizers, self.ema)
+            self.saved = self.progress.global_step
+
+    def _export(self) -> Path:
+        """Write the VAE, its averages if there are any, and the discriminator."""
+        folder = self.folder / TRAINED
+        if self.ema is not None:
+            self.ema.swap()
+        if self.world.is_main:
+            # `cal_loss` is for training; what is saved shall encode to normalised latents.
+            self.vae.config = dataclasses.replace(self.vae.config, cal_loss=False)
+            save_model(self.vae, folder)
+            if self.judge is not None:
+                tensors = {k: v.cpu().contiguous() for k, v in self.judge.state_dict().items()}
+                with atomic(self.folder / "discriminator.safetensors") as partial:
+                    save_file(tensors, partial)
+        barrier("the end")
+        self._say(f"saved {folder}")
+        return folder
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            print(text, flush=True)
+
+
+def _dataset_settings(
+    config: TrainVAEConfig, frames: int, height: int, width: int
+) -> dict[str, Any]:
+    settings = {"type": "VideoTextDataset", "frame_interval": 1, **config.dataset}
+    settings |= {"num_frames": frames, "image_size": (height, width)}
+    if config.data_path is not None:
+        settings["data_path"] = config.data_path
+    return settings
+
+
+def _check_size(judge: NLayerDiscriminator, frames: int, height: int, width: int) -> None:
+    """Refuse clips of which the discriminator could never judge one."""
+    with torch.device("meta"):
+        judge.require(torch.empty(1, 3, frames, height, width))
 
 
 def main(argv: Sequence[str] | None = None, program: str = "train_vae.py") -> int:
     """Read a configuration file and flags, then train; returns the exit status."""
 
     def run() -> int:
+        words = list(sys.argv[1:] if argv is None else argv)
+        files = [word.rpartition("=")[2] for word in words if word.endswith(".py")]
+        if files and "stages" in load_config_file(files[0]):
+            from opensora import train_shapes_vae
+
+            return train_shapes_vae.run(words, program)
         config, sources = parse_command_line(
             TrainVAEConfig,
-            sys.argv[1:] if argv is None else argv,
+            words,
             program,
-            description="Train a video VAE on clips of moving shapes.",
+            description="Train a video VAE on a table of clips.",
         )
-        print(sources.table(config), flush=True)
+        print(sources.table(config), *sources.notes, sep="\n", flush=True)
         train_vae(config)
         return 0
 

@@ -15,7 +15,7 @@ from opensora.optim import Muon
 from opensora.pipeline import OpenSoraPipeline
 from opensora.train import TrainConfig, read_buckets, train
 from opensora.train import main as train_main
-from opensora.train_vae import STAGES, TrainVAEConfig, draw_batch, stage_of, train_vae
+from opensora.train_shapes_vae import STAGES, TrainVAEConfig, draw_batch, stage_of, train_vae
 from opensora.training.ema import EMA
 from opensora.training.run import TrainingRun
 from opensora.training.schedule import learning_rate_factor

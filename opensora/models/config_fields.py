@@ -32,7 +32,7 @@ def read_fields(
         if key in names:
             fields[key] = tuple(value) if isinstance(value, list) else value
         elif not (key.startswith("_") or key in BOOKKEEPING or key in ignored):
-            near = difflib.get_close_matches(key, names, n=1)
+            near = difflib.get_close_matches(key, [*names, *ignored], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
             raise UsageError(f"{cls.__name__}: unknown key {key!r}; {hint}")
     return fields

@@ -35,6 +35,15 @@ class Reconstruction(NamedTuple):
     x_z: Tensor
 
 
+class LatentReconstruction(NamedTuple):
+    """Hold what the losses on 2D latents need; see `VideoAutoencoder.reconstruct_latents`."""
+
+    x_z_rec: Tensor
+    z: Tensor
+    posterior: Posterior
+    x_z: Tensor
+
+
 class _Spatial(nn.Module):
     """Hold the 2D VAE under the published name `spatial_vae.module`."""
 
@@ -197,14 +206,28 @@ class VideoAutoencoder(PretrainedMixin, nn.Module):
         Latents are raw: neither shift nor scale is applied. Arguments are those of `encode`.
 
         Returns:
-            x_rec: like x; x_z_rec: the 2D latents that the temporal VAE reconstructs;
-            z: the raw latent; posterior: the temporal one, of all chunks; x_z: the 2D latents
-            that were encoded, times SPATIAL_SCALE.
+            x_rec: like x; the rest as in `reconstruct_latents`.
+        """
+        latents = self.reconstruct_latents(x, sample=sample, generator=generator, noise=noise)
+        return Reconstruction(self.spatial_decode(latents.x_z_rec / SPATIAL_SCALE), *latents)
+
+    def reconstruct_latents(
+        self,
+        x: Tensor,
+        *,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+        noise: Iterable[Tensor] | None = None,
+    ) -> LatentReconstruction:
+        """Return what `forward` does but for the pixels: the 2D decoder does not run.
+
+        Returns:
+            x_z_rec: the 2D latents that the temporal VAE reconstructs; z: the raw latent;
+            posterior: the temporal one, of all chunks; x_z: the 2D latents that were encoded,
+            times SPATIAL_SCALE.
         """
         z, posterior, x_z = self._encode(x, sample, generator, noise)
-        x_z_rec = self._temporal_decode(z, x.shape[2])
-        x_rec = self.spatial_decode(x_z_rec / SPATIAL_SCALE)
-        return Reconstruction(x_rec, x_z_rec, z, posterior, x_z)
+        return LatentReconstruction(self._temporal_decode(z, x.shape[2]), z, posterior, x_z)
 
     def _chunks(self, num_frames: int) -> list[int]:
         """Return the lengths of the chunks that the temporal VAE works on."""

@@ -20,7 +20,7 @@ SPATIAL_SDXL = AutoencoderKLConfig(
     sample_size=512,
     scaling_factor=0.13025,
 )
-_SPATIAL_PRESETS = {
+SPATIAL_SOURCES = {
     "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers": SPATIAL_SDXL,
     "stabilityai/sdxl-vae": SPATIAL_SDXL,
     "stabilityai/sd-vae-ft-ema": dataclasses.replace(
@@ -138,13 +138,13 @@ def _spatial(data: Mapping[str, Any]) -> AutoencoderKLConfig:
     if "block_out_channels" in rest:
         return AutoencoderKLConfig.from_dict(rest)
     source = data.get("from_pretrained")
-    if source not in _SPATIAL_PRESETS:
+    if source not in SPATIAL_SOURCES:
         raise UsageError(
             f"VideoAutoencoderConfig: the architecture of the 2D VAE {source!r} is unknown; "
             f"write its block_out_channels and other fields into vae_2d, or use one of "
-            f"{sorted(_SPATIAL_PRESETS)}"
+            f"{sorted(SPATIAL_SOURCES)}"
         )
-    return _SPATIAL_PRESETS[source]
+    return SPATIAL_SOURCES[source]
 
 
 def _temporal(data: Mapping[str, Any]) -> VAETemporalConfig:
