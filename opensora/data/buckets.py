@@ -57,13 +57,13 @@ class Rule(NamedTuple):
     """Hold one entry of a configuration.
 
     Attributes:
-        index: place in the order of trial; seeds this entry's draws.
+        place: in the order of trial; seeds this entry's draws.
         keep: probability that a clip which fits is taken.
         attempt: probability that this length is tried at all; None where it always is.
         batch_size: clips a batch; 0 where nothing is ever kept.
     """
 
-    index: int
+    place: int
     keep: float
     attempt: float | None
     batch_size: int
@@ -123,7 +123,9 @@ class Buckets:
         """Return the bucket of a clip, None if it is dropped.
 
         Args:
-            frames, height, width: of the file; 1 frame is an image.
+            frames: of the file; 1 is an image.
+            height: of the file.
+            width: of the file.
             interval: step between the frames that are read.
             seed: of the draws, see `seed`.
             why: gets a sentence for every resolution that was passed over.
@@ -192,8 +194,8 @@ class Buckets:
 
     def _draws(self, seed: int | Sequence[int], rule: Rule) -> np.random.Generator:
         if isinstance(seed, int):
-            return np.random.default_rng(seed + rule.index)
-        return np.random.default_rng([*seed, rule.index])
+            return np.random.default_rng(seed + rule.place)
+        return np.random.default_rng([*seed, rule.place])
 
 
 def _check(config: Mapping[Any, Any]) -> dict[str, dict[int, tuple[float, float | None, int]]]:

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from opensora.config_file import suggest
-from opensora.data import transforms, video
+from opensora.data import transforms
 from opensora.data.batch import Dataset, Entry, Sample, SampleError, Size
-from opensora.data.probe import Facts, is_image, probe_table
+from opensora.data.image import is_image, read_image
+from opensora.data.probe import Facts, probe_table
 from opensora.data.quarantine import UnreadableError
 from opensora.data.table import read_table
+from opensora.data.video import read_frames
+from opensora.data.video_index import index_of
 from opensora.errors import UsageError
 from opensora.sizes import get_num_frames
 
@@ -79,13 +82,13 @@ class VariableVideoTextDataset:
             raise UnreadableError(self.problems[index])
         text = row.text or ""
         if is_image(row.path):
-            image = video.read_image(row.path)
+            image = read_image(row.path)
             return Sample(
                 video=transforms.clip_of_image(image, size, self.transform),
                 text=text,
                 fps=IMAGE_FPS,
             )
-        known = video.index_of(row.path)
+        known = index_of(row.path)
         if known.count < 0.9 * entry.num_frames - 2:
             # Tables count by duration x fps: a few frames more or less are no sign of damage.
             raise UnreadableError(
@@ -97,9 +100,7 @@ class VariableVideoTextDataset:
         start = rng.randint(0, transforms.last_start(known.count, size.frames, interval))
         wanted = transforms.frame_indices(known.count, size.frames, interval, start)
         return Sample(
-            video=transforms.clip_of_frames(
-                video.read_frames(row.path, wanted), size, self.transform
-            ),
+            video=transforms.clip_of_frames(read_frames(row.path, wanted), size, self.transform),
             text=text,
             fps=(entry.fps or known.fps or DEFAULT_FPS) // interval,
         )

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from opensora.data.batch import SampleError
+from opensora.data.image import image_size, is_image
 from opensora.data.table import Row, Table
-from opensora.data.video import image_size, video_facts
+from opensora.data.video import video_facts
 from opensora.errors import OpenSoraError
 from opensora.files import write_text
-
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 class Facts(NamedTuple):
@@ -25,11 +24,6 @@ class Facts(NamedTuple):
     height: int
     width: int
     fps: float
-
-
-def is_image(path: Path) -> bool:
-    """Tell images by their suffix."""
-    return path.suffix.lower() in IMAGES
 
 
 def probe(path: Path) -> Facts:

@@ -7,13 +7,12 @@ replicas, and every epoch holds a multiple of `replicas` batches, so one number 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from opensora.data.batch import Dataset, Entry, Size
+from opensora.data.batch import Entry, Size
 from opensora.data.buckets import BucketId, Buckets
 from opensora.errors import UsageError
 
@@ -241,83 +240,6 @@ class FixedSampler:
         return full + -full % self.replicas
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Hold what decides over the batches of a run, besides the table.
-
-    Attributes:
-        bucket_config: sizes and batch sizes; None where all clips have one size.
-        size, batch_size: then these.
-        frame_interval: step between the frames that are read.
-        seed, replicas, drop_last: see `BatchSampler`.
-        strict: decide as Open-Sora does, see `opensora.data.buckets`.
-    """
-
-    bucket_config: Mapping[Any, Any] | None = None
-    size: Size | None = None
-    batch_size: int | None = None
-    frame_interval: int = 1
-    seed: int = 1024
-    replicas: int = 1
-    drop_last: bool = True
-    strict: bool = True
-
-    def sampler(self, entries: Sequence[Entry]) -> BatchSampler | FixedSampler:
-        """Return the sampler: by buckets if there are any, of one size otherwise.
-
-        Raises:
-            UsageError: neither buckets nor a size with a batch size, or one of them cannot be.
-        """
-        if self.bucket_config is not None:
-            return BatchSampler(
-                entries,
-                Buckets(self.bucket_config, strict=self.strict),
-                frame_interval=self.frame_interval,
-                seed=self.seed,
-                replicas=self.replicas,
-                drop_last=self.drop_last,
-            )
-        if self.size is None or self.batch_size is None:
-            raise UsageError(
-                "training needs bucket_config, or batch_size with num_frames and image_size of "
-                "the dataset"
-            )
-        return FixedSampler(
-            entries,
-            self.size,
-            self.batch_size,
-            seed=self.seed,
-            replicas=self.replicas,
-            drop_last=self.drop_last,
-        )
-
-
-def make_plan(
-    dataset: Dataset,
-    *,
-    bucket_config: Mapping[Any, Any] | None = None,
-    batch_size: int | None = None,
-    seed: int = 1024,
-    replicas: int = 1,
-) -> Plan:
-    """Return the plan of a configuration for its dataset.
-
-    Args:
-        dataset: its frame_interval, strict_buckets and size count, where it has them.
-        bucket_config, batch_size, seed: keys of the configuration.
-        replicas: data-parallel processes times accumulation steps.
-    """
-    return Plan(
-        bucket_config=bucket_config,
-        size=getattr(dataset, "size", None),
-        batch_size=batch_size,
-        frame_interval=getattr(dataset, "frame_interval", 1),
-        seed=seed,
-        replicas=replicas,
-        strict=getattr(dataset, "strict_buckets", True),
-    )
-
-
 def _plan(
     groups: Mapping[tuple[str, Size], tuple[list[int], int]],
     seed: int,
@@ -327,8 +249,7 @@ def _plan(
 ) -> list[PlannedBatch]:
     """Cut rows into batches and order them.
 
-    Args:
-        groups: (name, size) -> rows and batch size.
+    `groups` maps the name and size of a bucket to its rows and batch size.
     """
     generator = torch.Generator().manual_seed(seed)
     batches: dict[tuple[str, Size], list[tuple[int, ...]]] = {}

@@ -30,12 +30,7 @@ NAMES = ("resize_crop", "center")
 def resize_crop(frames: Tensor, height: int, width: int) -> Tensor:
     """Cover the size, bilinear, and cut out the middle.
 
-    Args:
-        frames: float [T, 3, H, W].
-        height, width: of the result.
-
-    Returns:
-        [T, 3, height, width].
+    Frames are float [T, 3, H, W], the result is [T, 3, height, width].
     """
     high, wide = _covering(frames.shape[-2], frames.shape[-1], height, width)
     return _middle(
