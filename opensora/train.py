@@ -23,10 +23,10 @@ from torch import nn
 
 from opensora.checkpoint import weights_digest
 from opensora.config import parse_command_line
-from opensora.data.dataset import build_dataset
 from opensora.data.loader import Loader
+from opensora.data.masks import MaskGenerator
 from opensora.data.quarantine import Quarantine
-from opensora.data.sampler import Sampler, build_sampler
+from opensora.data.sampler import Sampler
 from opensora.devices import DTYPES
 from opensora.distributed import mesh
 from opensora.distributed.checkpoint import Checkpointer
@@ -41,11 +41,15 @@ from opensora.program import run_program
 from opensora.schedulers.rflow import RFlow
 from opensora.train_config import TrainConfig
 from opensora.training.clip import AdaptiveClip, GradientClip
+from opensora.training.data import (
+    dataset_of,
+    sampler_of,
+)
 from opensora.training.ema import EMA
 from opensora.training.flops import peak_flops, training_flops
 from opensora.training.metrics import Metrics
 from opensora.training.models import FREEZING, Models, build_models
-from opensora.training.objective import Objective
+from opensora.training.objective import Masks, Objective
 from opensora.training.optimizers import build_optimizer
 from opensora.training.schedule import Schedule
 from opensora.training.trackers import open_trackers
@@ -82,17 +86,8 @@ class _Run:
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config, self.world = config, world
         self.scheduler = RFlow.from_dict(config.scheduler or {})
-        self.dataset = build_dataset(dataset_settings(config))
-        self.sampler = build_sampler(
-            self.dataset.entries(),
-            bucket_config=config.bucket_config,
-            size=getattr(self.dataset, "size", None),
-            batch_size=config.batch_size,
-            frame_interval=getattr(self.dataset, "frame_interval", 1),
-            seed=config.seed,
-            replicas=world.dp_size * config.accumulation_steps,
-            strict=getattr(self.dataset, "strict_buckets", True),
-        )
+        self.dataset = dataset_of(config)
+        self.sampler = sampler_of(config, self.dataset, world.dp_size * config.accumulation_steps)
         self.total = count_steps(config, self.sampler)
 
     def train(self) -> Path:
@@ -211,7 +206,7 @@ class _Run:
         return Trainer(
             world,
             loader,
-            Objective(config, models, self.scheduler, world.device, masks(config)),
+            Objective(config, models, self.scheduler, world.device, masks_of(config)),
             modules,
             optimizer,
             schedule_of(config, self.total),
@@ -223,7 +218,6 @@ class _Run:
                 agree=lambda own: int(all_reduce(torch.tensor(float(own)), "verdicts", "max")),
                 rank=world.rank,
             ),
-            None,
             Checkpointer(
                 self.folder,
                 rank=world.rank,
@@ -277,30 +271,11 @@ class _Run:
         print(f"saved {self.folder / 'pipeline'}", flush=True)
 
 
-def dataset_settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the dataset's section with what flags set."""
-    settings = dict(config.dataset or {})
-    if config.data_path is not None:
-        settings["data_path"] = config.data_path
-    return settings
-
-
 def count_steps(config: TrainConfig, sampler: Sampler) -> int:
-    """Return the steps of a run.
-
-    Raises:
-        UsageError: there are none.
-    """
-    batches = sampler.length(0)
-    if batches == 0:
-        raise UsageError(
-            "the table gives no batch, so there is nothing to train; `opensora data explain "
-            "TABLE --config C` says why for every row and what to change"
-        )
-    per_step = sampler.replicas
+    """Return the steps of a run; buckets with probabilities give a few more or less."""
     if config.max_steps is not None:
         return config.max_steps
-    return config.epochs * batches // per_step
+    return config.epochs * sampler.length(0) // sampler.replicas
 
 
 def schedule_of(config: TrainConfig, total: int) -> Schedule:
@@ -318,13 +293,11 @@ def clip_of(config: TrainConfig) -> GradientClip:
     return GradientClip(None if config.grad_clip is None else float(config.grad_clip))
 
 
-def masks(config: TrainConfig) -> Any:
+def masks_of(config: TrainConfig) -> Masks | None:
     """Return what chooses given frames, None without mask_ratios."""
     if not config.mask_ratios:
         return None
-    from opensora.data.masks import MaskGenerator
-
-    return MaskGenerator(config.mask_ratios)
+    return MaskGenerator(config.mask_ratios).masks
 
 
 def _on_main(world: World, action: Any, what: str) -> Any:
@@ -335,9 +308,9 @@ def _on_main(world: World, action: Any, what: str) -> Any:
             result = (action(), None)
         except (UsageError, OSError) as error:
             result = (None, error)
-    value, error = broadcast_object(result, what)
-    if error is not None:
-        raise error
+    value, problem = broadcast_object(result, what)
+    if problem is not None:
+        raise problem
     return value
 
 

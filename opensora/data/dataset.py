@@ -17,6 +17,7 @@ from opensora.data.batch import Dataset, Entry, Sample, SampleError, Size
 from opensora.data.image import is_image, read_image
 from opensora.data.probe import Facts, probe_table
 from opensora.data.quarantine import UnreadableError
+from opensora.data.shapes_dataset import ShapesDataset
 from opensora.data.table import read_table
 from opensora.data.video import read_frames
 from opensora.data.video_index import index_of
@@ -157,6 +158,7 @@ class VideoTextDataset(VariableVideoTextDataset):
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "VariableVideoTextDataset": VariableVideoTextDataset,
     "VideoTextDataset": VideoTextDataset,
+    "ShapesDataset": ShapesDataset,
 }
 
 

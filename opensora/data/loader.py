@@ -94,7 +94,7 @@ class Loader:
             if step.number % self.replicas == self.rank
         )
         barren = 0
-        read = self._read_ahead(mine) if self.workers else map(self._read, mine)
+        read = self._read_ahead(mine) if self.workers else map(self.read, mine)
         try:
             for batch in read:
                 barren = 0 if len(batch) else barren + 1
@@ -109,7 +109,7 @@ class Loader:
             if isinstance(read, Iterator) and hasattr(read, "close"):
                 read.close()
 
-    def _read(self, step: Step) -> Batch:
+    def read(self, step: Step) -> Batch:
         """Read a batch in the calling thread."""
         return self._collate(step, [self._row(step, index) for index in step.batch.indices])
 

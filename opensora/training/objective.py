@@ -89,6 +89,8 @@ class Objective:
             if self.masks is not None:
                 rng = random.Random(batch_seed(self.config.seed, batch.number) + 1)
                 x_mask = self.masks(count, frames, rng)
+                if x_mask is not None and bool(x_mask.all()):
+                    x_mask = None  # the same, with less to compute
             losses = self.scheduler.training_losses(
                 self.models.transformer,
                 z,

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -22,6 +22,7 @@ from opensora.data.loader import Loader
 from opensora.distributed.checkpoint import Checkpointer, Progress
 from opensora.distributed.collectives import all_reduce
 from opensora.distributed.mesh import World
+from opensora.errors import UsageError
 from opensora.training.clip import GradientClip
 from opensora.training.ema import EMA
 from opensora.training.metrics import Metrics
@@ -47,13 +48,13 @@ class Trainer:
         clip: limits gradients.
         ema: averages.
         watchdog: judges steps.
-        metrics: records them.
         checkpointer: saves.
         total: steps of the run.
         accumulation: batches a step.
         ckpt_every: steps between checkpoints; 0 saves at the end alone.
         flops: training FLOPs of a batch, for MFU.
         hooks: (every how many steps, function), such as validation.
+        metrics: records steps.
     """
 
     world: World
@@ -65,13 +66,14 @@ class Trainer:
     clip: GradientClip
     ema: EMA
     watchdog: Watchdog
-    metrics: Metrics | None
     checkpointer: Checkpointer
     total: int
     accumulation: int = 1
     ckpt_every: int = 0
     flops: Callable[[Batch], float] = lambda batch: 0.0
     hooks: tuple[tuple[int, Hook], ...] = ()
+    #: Set once it is known at which step the run goes on.
+    metrics: Metrics = field(init=False)
 
     def __post_init__(self) -> None:
         """Begin at the beginning."""
@@ -81,7 +83,10 @@ class Trainer:
 
     def resume(self, which: str) -> None:
         """Go on from a checkpoint: "latest" or a folder."""
-        self.progress = self.checkpointer.load(which, self.modules, self.optimizer, self.ema)
+        found = self.checkpointer.load(which, self.modules, self.optimizer, self.ema)
+        if found is None:
+            raise UsageError(f"{self.checkpointer.folder} holds no checkpoint to go on from")
+        self.progress = found
         # The configuration's rates, which may have been changed.
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["initial_lr"] = rate
@@ -228,11 +233,11 @@ class Trainer:
             if self.world.is_main:
                 print("stopping after this step; once more to stop at once", flush=True)
 
-        before: dict[int, Any] = {}
+        before: dict[signal.Signals, Any] = {}
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
                 before[number] = signal.signal(number, ask)
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for which, handler in before.items():
+                signal.signal(which, handler)

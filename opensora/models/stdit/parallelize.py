@@ -177,9 +177,7 @@ def _kept_ops() -> frozenset[Any]:
     names = [(torch.ops.aten, name) for name in (*_PRODUCTS, *_ATTENTION)]
     names += [(torch.ops.opensora, name) for name in _OURS]
     return frozenset(
-        getattr(library, name).default
-        for library, name in names
-        if hasattr(library, name)
+        getattr(library, name).default for library, name in names if hasattr(library, name)
     )
 
 
