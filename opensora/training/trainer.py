@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -71,7 +71,7 @@ class Trainer:
     accumulation: int = 1
     ckpt_every: int = 0
     flops: Callable[[Batch], float] = lambda batch: 0.0
-    hooks: tuple[tuple[int, Hook], ...] = ()
+    hooks: Sequence[tuple[int, Hook]] = ()
     #: Set once it is known at which step the run goes on.
     metrics: Metrics = field(init=False)
 
@@ -111,6 +111,7 @@ class Trainer:
                 with self.metrics.waiting():
                     taken = self._take(batches)
                 if not taken:
+                    self._finish()
                     break
                 verdict = self.step(taken)
                 done = self.progress.global_step
@@ -130,6 +131,11 @@ class Trainer:
                         with self.metrics.paused():
                             hook(done)
         return True
+
+    def _finish(self) -> None:
+        """Save at the end of the data, before the last step that was reckoned with."""
+        if self.watchdog.in_row == 0:
+            self.save(wait=True)
 
     def step(self, batches: list[Batch]) -> Verdict:
         """Take one step: gradients of all batches, then, if they are sound, the weights."""

@@ -1,0 +1,302 @@
+"""Put the parts of a training run together, take its steps, and write what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from opensora.checkpoint import weights_digest
+from opensora.data.batch import Batch, Dataset
+from opensora.data.loader import Loader
+from opensora.data.masks import MaskGenerator
+from opensora.data.quarantine import Quarantine
+from opensora.data.sampler import Sampler
+from opensora.devices import DTYPES
+from opensora.distributed.checkpoint import Checkpointer
+from opensora.distributed.collectives import all_reduce, broadcast_object
+from opensora.distributed.mesh import World
+from opensora.distributed.run_folders import find_run, new_run_folder
+from opensora.errors import UsageError
+from opensora.export import export
+from opensora.models.stdit.parallelize import freeze, parallelize
+from opensora.pipeline import OpenSoraPipeline
+from opensora.pipeline_folder import pipeline_folder
+from opensora.schedulers.rflow import RFlow
+from opensora.train_config import TrainConfig
+from opensora.training.clip import AdaptiveClip, GradientClip
+from opensora.training.data import (
+    dataset_of,
+    sampler_of,
+)
+from opensora.training.ema import EMA
+from opensora.training.flops import peak_flops, training_flops
+from opensora.training.hooks import hooks_of
+from opensora.training.metrics import Metrics
+from opensora.training.models import FREEZING, Models, build_models
+from opensora.training.objective import Masks, Objective
+from opensora.training.optimizers import build_optimizer
+from opensora.training.schedule import Schedule
+from opensora.training.trackers import open_trackers
+from opensora.training.trainer import Trainer
+from opensora.training.watchdog import Watchdog
+
+
+class Run:
+    """Put the parts of a run together, those that can fail quickly first."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.scheduler = RFlow.from_dict(config.scheduler or {})
+        self.dataset = dataset_of(config)
+        self.sampler = sampler_of(config, self.dataset, world.dp_size * config.accumulation_steps)
+        self.total = count_steps(config, self.sampler)
+
+    def train(self) -> Path:
+        """Take all steps, then write the averaged weights."""
+        config, world = self.config, self.world
+        self.folder = self._folder()
+        models = build_models(config, world.device)
+        self._encode(self.dataset, models, "latents")
+        freezing = {key: bool((config.model or {}).get(key, False)) for key in FREEZING}
+        freeze(models.transformer, **freezing)
+        modules = self._parallelize(models)
+        trainer = self._trainer(models, modules)
+        if config.load is not None and not config.start_from_scratch:
+            trainer.resume(self._checkpoint())
+        trainer.metrics = self._metrics(trainer.progress.global_step)
+        trainer.hooks = hooks_of(config, models, trainer, self.scheduler, self._encode)
+        count = sum(p.numel() for m in modules.values() for p in m.parameters() if p.requires_grad)
+        if world.is_main and not config.quiet:
+            print(
+                f"training {count:,} parameters for {self.total} steps from step "
+                f"{trainer.progress.global_step} on {world.size} "
+                f"{'process' if world.size == 1 else 'processes'}: {self.folder}",
+                flush=True,
+            )
+        with trainer.checkpointer:
+            finished = trainer.run()
+        trainer.metrics.close()
+        if not finished:
+            if world.is_main:
+                print(f"stopped and saved; go on with --load {self.folder}", flush=True)
+            return self.folder
+        self._export(models, modules, trainer.ema)
+        return self.folder
+
+    def _folder(self) -> Path:
+        """Return the run's folder, new or the one that is gone on with."""
+        config, outputs = self.config, Path(self.config.outputs)
+
+        def choose() -> Path:
+            if config.load is not None and not config.start_from_scratch:
+                if config.load == "latest":
+                    found = find_run(outputs)
+                    if found is None:
+                        raise UsageError(f"--load latest: {outputs} holds no run with a checkpoint")
+                    return found
+                given = Path(config.load)
+                if not given.is_dir():
+                    raise UsageError(f"--load {given}: no such folder; give a run or a checkpoint")
+                return given if not (given / "running_states.json").is_file() else given.parent
+            folder = new_run_folder(outputs, str((config.model or {}).get("type", "STDiT3")))
+            settings = json.dumps(dataclasses.asdict(config), indent=1, default=str)
+            (folder / "config.json").write_text(settings + "\n", "utf-8")
+            return folder
+
+        folder = _on_main(self.world, choose, "the run's folder")
+        return Path(folder)
+
+    def _checkpoint(self) -> str:
+        """Return what to resume: a checkpoint's folder, or the latest of the run."""
+        given = Path(str(self.config.load))
+        return str(given) if (given / "running_states.json").is_file() else "latest"
+
+    def _encode(self, dataset: Dataset, models: Models, folder: str) -> None:
+        """Let a dataset that makes its clips encode them; check what cached features are of."""
+        text, vae = self.config.text_encoder, self.config.vae
+        check = getattr(dataset, "check", None)
+        if check is not None:
+            check(vae=_digest(vae, "vae"), text_encoder=_digest(text, "text_encoder"))
+        prepare = getattr(dataset, "prepare", None)
+        if prepare is None or models.vae is None:
+            return
+        prepare(models.vae, _digest(vae, "vae"), Path(self.config.outputs) / folder)
+
+    def _parallelize(self, models: Models) -> dict[str, nn.Module]:
+        config, world = self.config, self.world
+        parallelize(
+            models.transformer,
+            world,
+            checkpointing=config.checkpointing,
+            compile=config.compile,
+            # On a CPU autocast rounds the products, and sharded weights stay float32.
+            dtype="fp32" if world.device.type == "cpu" else config.dtype,
+            cpu_offload=config.cpu_offload,
+        )
+        modules = models.trained()
+        if world.size > 1 and "text_encoder" in modules:
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(modules["text_encoder"], mesh=world.shard_mesh)
+        return modules
+
+    def _trainer(self, models: Models, modules: dict[str, nn.Module]) -> Trainer:
+        config, world = self.config, self.world
+        named = [(f"{n}.{k}", p) for n, m in modules.items() for k, p in m.named_parameters()]
+        settings = {"lr": config.lr, "eps": config.adam_eps, "weight_decay": config.weight_decay}
+        optimizer = build_optimizer(named, **{**settings, **(config.optimizer or {})})
+        loader = Loader(
+            self.dataset,
+            self.sampler,
+            rank=world.dp_rank,
+            replicas=world.dp_size,
+            workers=config.num_workers,
+            prefetch=config.prefetch,
+            seed=config.seed,
+            quarantine=Quarantine(self.folder if world.is_main or world.sp_rank == 0 else None),
+            epochs=config.epochs,
+        )
+        architecture = models.transformer.config
+
+        def flops(batch: Batch) -> float:
+            size = batch.size
+            latent: Sequence[int | None] = size
+            if batch.latent is not None:
+                latent = batch.latent.shape[2:]
+            elif models.vae is not None:
+                latent = models.vae.get_latent_size(size)
+            frames, height, width = [int(n or 1) for n in latent]
+            words = architecture.model_max_length
+            return len(batch) * training_flops(architecture, (frames, height, width), words)
+
+        return Trainer(
+            world,
+            loader,
+            Objective(config, models, self.scheduler, world.device, masks_of(config)),
+            modules,
+            optimizer,
+            schedule_of(config, self.total),
+            clip_of(config),
+            EMA(modules, config.ema_decay, warm_up=config.ema_warm_up),
+            Watchdog(
+                self.folder,
+                patience=config.max_bad_steps,
+                agree=lambda own: int(all_reduce(torch.tensor(float(own)), "verdicts", "max")),
+                rank=world.rank,
+            ),
+            Checkpointer(
+                self.folder,
+                rank=world.rank,
+                world_size=world.size,
+                keep_last=config.keep_last,
+                keep_every=config.keep_every or None,
+            ),
+            self.total,
+            config.accumulation_steps,
+            config.ckpt_every,
+            flops,
+        )
+
+    def _metrics(self, first_step: int) -> Metrics:
+        config, world = self.config, self.world
+        names = [name for name in ("tensorboard", "wandb") if getattr(config, name)]
+        settings = dataclasses.asdict(config)
+        return Metrics(
+            self.folder,
+            self.total,
+            log_every=config.log_every,
+            first_step=first_step,
+            rank=world.rank,
+            devices=world.size,
+            sum_ranks=lambda own: all_reduce(own, "metrics") / world.sp_size,
+            peak=peak_flops(world.device, DTYPES[config.dtype]),
+            device=world.device,
+            trackers=open_trackers(names, self.folder, config=settings, first_step=first_step)
+            if world.is_main
+            else (),
+        )
+
+    def _sizes(self) -> list[list[int]]:
+        """List (frames, height, width) of what an epoch holds."""
+        return [list(size) for size in sorted({batch.size for batch in self.sampler.epoch(0)})]
+
+    def _export(self, models: Models, modules: dict[str, nn.Module], ema: EMA) -> None:
+        """Write the averaged weights: of the transformer, or a pipeline if more was trained."""
+        if "text_encoder" not in modules:
+            if self.world.is_main:
+                export(self.folder, self.folder / "transformer")
+                print(f"saved {self.folder / 'transformer'}", flush=True)
+            return
+        target = self.folder / "pipeline"
+        if self.world.size > 1 or models.vae is None or models.text_encoder is None:
+            if self.world.is_main:
+                print(f"opensora export {self.folder} OUT --pipeline PIPELINE writes the weights")
+            return
+        with ema.swap():
+            pipeline = OpenSoraPipeline(
+                models.transformer.eval(),
+                models.vae,
+                models.text_encoder.eval(),
+                self.scheduler,
+                defaults={**(self.config.defaults or {}), "trained_sizes": self._sizes()},
+            )
+            pipeline.save_pretrained(target, dtype=torch.bfloat16)
+        print(f"saved {target}", flush=True)
+
+
+def count_steps(config: TrainConfig, sampler: Sampler) -> int:
+    """Return the steps of a run; buckets with probabilities give a few more or less."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return config.epochs * sampler.length(0) // sampler.replicas
+
+
+def schedule_of(config: TrainConfig, total: int) -> Schedule:
+    """Return the learning rate's course."""
+    warmup = config.warmup_steps or 0
+    if config.decay == 0:
+        return Schedule(warmup)
+    return Schedule(warmup, "linear", total, config.decay)
+
+
+def clip_of(config: TrainConfig) -> GradientClip:
+    """Return what limits gradients."""
+    if config.grad_clip == "adaptive":
+        return AdaptiveClip()
+    return GradientClip(None if config.grad_clip is None else float(config.grad_clip))
+
+
+def masks_of(config: TrainConfig) -> Masks | None:
+    """Return what chooses given frames, None without mask_ratios."""
+    if not config.mask_ratios:
+        return None
+    return MaskGenerator(config.mask_ratios).masks
+
+
+def _digest(section: Mapping[str, Any] | None, subfolder: str) -> str | None:
+    """Return the digest of the weights that a section names, None if it names none."""
+    source = (section or {}).get("from_pretrained")
+    if not source:
+        return None
+    folder = pipeline_folder(str(source))
+    return weights_digest(folder or source, subfolder if folder else None)
+
+
+def _on_main(world: World, action: Any, what: str) -> Any:
+    """Run on the first process; its result, or its error, is everyone's."""
+    result: tuple[Any, Exception | None] = (None, None)
+    if world.is_main:
+        try:
+            result = (action(), None)
+        except (UsageError, OSError) as error:
+            result = (None, error)
+    value, problem = broadcast_object(result, what)
+    if problem is not None:
+        raise problem
+    return value

@@ -1,0 +1,84 @@
+"""What a run does every so many steps beside training: validation, plots, clips."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from opensora.data.batch import Dataset
+from opensora.distributed.collectives import all_reduce
+from opensora.errors import UsageError
+from opensora.pipeline import OpenSoraPipeline
+from opensora.schedulers.rflow import RFlow
+from opensora.train_config import TrainConfig
+from opensora.training.data import build_validation, dataset_of, validation_settings
+from opensora.training.models import Models
+from opensora.training.plot import write_loss_plot
+from opensora.training.sample_clips import sample_clips
+from opensora.training.trainer import Hook, Trainer
+
+
+def hooks_of(
+    config: TrainConfig,
+    models: Models,
+    trainer: Trainer,
+    scheduler: RFlow,
+    encode: Callable[[Dataset, Models, str], None],
+) -> list[tuple[int, Hook]]:
+    """Return (every how many steps, function) of a run's `validation` section.
+
+    Args:
+        config: of the run.
+        models: of the run.
+        trainer: of the run; its metrics are set.
+        scheduler: of the run.
+        encode: lets a dataset encode its clips into a folder of that name.
+
+    Raises:
+        UsageError: an unknown key, a table that gives nothing, or prompts without the models that
+            draw them.
+    """
+    settings = validation_settings(config)
+    if settings is None:
+        return []
+    changes = dict(settings["dataset"] or {})
+    if settings["data_path"] is not None:
+        changes["data_path"] = settings["data_path"]
+    dataset = dataset_of(config, **changes)
+    encode(dataset, models, "validation-latents")
+    world = trainer.world
+    folder = trainer.checkpointer.folder
+    validation = build_validation(
+        config,
+        dataset,
+        models,
+        scheduler,
+        world,
+        lambda own: all_reduce(own, "validation losses") / world.sp_size,
+    )
+
+    def validate(step: int) -> None:
+        result = validation(models.transformer, trainer.ema if settings["ema"] else None)
+        trainer.metrics.record(step, result.line())
+        if world.is_main:
+            print(f"step {step}: validation loss {result.loss:.4f}", flush=True)
+            write_loss_plot(folder)
+
+    hooks: list[tuple[int, Hook]] = [(int(settings["every"]), validate)]
+    if not settings["prompts"]:
+        return hooks
+    vae, encoder = models.vae, models.text_encoder
+    if vae is None or encoder is None:
+        raise UsageError(
+            "validation.prompts needs vae and text_encoder; leave prompts out where training "
+            "reads features"
+        )
+
+    def draw(step: int) -> None:
+        pipeline = OpenSoraPipeline(
+            models.transformer, vae, encoder, scheduler, defaults=config.defaults or {}
+        )
+        with trainer.ema.swap():
+            sample_clips(pipeline, settings["prompts"], folder, step, rank=world.rank)
+
+    hooks.append((int(settings["every"]), draw))
+    return hooks
