@@ -15,6 +15,7 @@ from opensora.program import run_program
 
 COMMANDS = {
     "generate": "clips and images from text",
+    "data": "what training makes of a table of clips: opensora data explain",
     "doctor": "check this installation: every kernel against its reference",
 }
 
@@ -40,6 +41,10 @@ def _main(words: list[str]) -> int:
         print(USAGE)
     elif words[0] == "doctor":
         return _doctor(words[1:])
+    elif words[0] == "data":
+        from opensora.data.program import run
+
+        return run(words[1:])
     elif words[0] in ("-V", "--version"):
         print(f"opensora {opensora.__version__}")
     else:
