@@ -16,6 +16,7 @@ from opensora.program import run_program
 COMMANDS = {
     "generate": "clips and images from text",
     "export": "a training checkpoint as safetensors that generate loads",
+    "data": "what training makes of a table of clips: opensora data explain",
     "doctor": "check this installation: every kernel against its reference",
 }
 
@@ -45,6 +46,10 @@ def _main(words: list[str]) -> int:
         from opensora.export import main as export
 
         return export(words[1:])
+    elif words[0] == "data":
+        from opensora.data.program import run
+
+        return run(words[1:])
     elif words[0] in ("-V", "--version"):
         print(f"opensora {opensora.__version__}")
     else:

@@ -8,8 +8,11 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import av  # here, not in a thread: several that import it at once see it half imported
 import numpy as np
 import numpy.typing as npt
+from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
 
 from opensora.data.batch import SampleError
 from opensora.data.quarantine import UnreadableError
@@ -27,9 +30,6 @@ class VideoFile:
     """Hold an open video; one thread at a time."""
 
     def __init__(self, path: Path) -> None:
-        import av
-        from av.video.reformatter import VideoReformatter
-
         self.container = av.open(str(path))
         streams = self.container.streams.video
         if not streams:
@@ -115,8 +115,6 @@ def open_video(path: Path) -> VideoFile:
 
 def is_medium(error: BaseException) -> bool:
     """Tell failures of the file or its storage from faults of this program."""
-    from av.error import FFmpegError
-
     return isinstance(error, FFmpegError | OSError)
 
 
