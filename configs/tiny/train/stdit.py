@@ -74,3 +74,17 @@ dtype = "bf16"
 log_every = 50
 ckpt_every = 250
 keep_last = 2
+validation = dict(
+    every=1000,
+    dataset=dict(
+        clips=[
+            (17, 64, 64, 64),
+            (17, 48, 80, 64),
+            (17, 80, 80, 40),
+            (34, 64, 64, 32),
+            (1, 64, 64, 192),
+        ],
+        seed=7,
+    ),
+    samples=32,
+)
