@@ -20,7 +20,7 @@ from opensora.training.batch_size import OutOfMemory
 #: with `saved_bytes` on STDiT3 of widths 64 and 144 (21.07 at mlp_ratio 4, in any dtype).
 _KEPT = 13
 #: Outside the blocks: embedded patches, last norm and modulation, the prediction.
-_AROUND = 4
+_AROUND = 2
 #: Bytes of a trained weight: itself, gradient and two averages of Adam, all float32.
 _TRAINED = 4 + 4 + 8
 

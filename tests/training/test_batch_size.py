@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -16,6 +17,12 @@ from opensora.training.batch_size import (
     search_buckets,
 )
 from opensora.training.memory import MemoryModel, estimate, saved_bytes, timed_step
+
+
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch):
+    """Leave out what only real tensors need and takes long."""
+    monkeypatch.setattr(gc, "collect", lambda: None)
 
 
 def device_with(room: int, calls: list[int] | None = None, seconds: float = 1.0):

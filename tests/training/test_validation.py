@@ -37,17 +37,37 @@ def prepare(index: int) -> Prepared:
     return Prepared(latent, kwargs, frames)
 
 
+class Toy(nn.Module):
+    """Mixes channels by the timestep; drops values in training, as texts are dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.drop = nn.Linear(4, 4), nn.Sequential(nn.Dropout(0.5))
+
+    def forward(self, x, t, y, **kwargs):
+        shift = (t / 1000 + y.mean((1, 2, 3)))[:, None, None, None, None]
+        return self.drop(self.mix(x.movedim(1, -1)).movedim(-1, 1) + shift)
+
+
 @pytest.fixture
 def model():
+    torch.manual_seed(0)
+    return Toy().train()
+
+
+def test_a_transformer_in_training_mode_repeats_its_numbers():
+    """Captions and branches are dropped in training only."""
     torch.manual_seed(0)
     config = STDiT3Config(
         hidden_size=16, depth=1, num_heads=2, caption_channels=16, model_max_length=8,
         class_dropout_prob=0.5, drop_path=0.5,
     )  # fmt: skip
-    model = STDiT3(config)
+    model = STDiT3(config).train()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
-    return model.train()
+    validation = Validation(PLAN, prepare, RFlow(), steps=1)
+    assert validation(model) == validation(model)
+    assert all(module.training for module in model.modules())
 
 
 def test_the_same_weights_give_the_same_numbers(model):
@@ -65,7 +85,7 @@ def test_the_same_weights_give_the_same_numbers(model):
 
 
 def test_training_goes_on_as_without_validation(model):
-    model.t_embedder.eval()
+    model.mix.eval()
     modes = [module.training for module in model.modules()]
     validation = Validation(PLAN, prepare, RFlow(), steps=2)
 
@@ -118,9 +138,7 @@ def test_averages_are_validated_on_request(model):
 def test_numbers_that_cannot_be_compared_have_different_digests(model):
     digests = {
         Validation(PLAN, prepare, RFlow(), steps=2, **changes)(model).digest
-        for changes in ({}, {"seed": 1}, {"key": "another vae"}, {"steps": 3})
-        for changes in [{**changes}]
-        if "steps" not in changes
+        for changes in ({}, {"seed": 1}, {"key": "another vae"})
     }
     digests.add(Validation(PLAN, prepare, RFlow(), steps=3)(model).digest)
     digests.add(Validation(PLAN[:2], prepare, RFlow(), steps=2)(model).digest)
