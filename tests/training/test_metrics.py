@@ -15,7 +15,7 @@ import torch
 
 from opensora.errors import UsageError
 from opensora.training.metrics import Metrics, read_metrics
-from opensora.training.plot import smooth, write_loss_plot
+from opensora.training.plot import smooth, thin, write_loss_plot
 from opensora.training.trackers import open_trackers
 
 
@@ -206,3 +206,12 @@ def test_the_picture_shows_loss_bands_and_validation(tmp_path):
 def test_smoothing_keeps_a_constant_and_begins_at_the_first_value():
     assert smooth([(i, 3.0) for i in range(100)]) == [(i, pytest.approx(3.0)) for i in range(100)]
     assert smooth([(i, float(i)) for i in range(100)])[0] == (0, 0.0)
+
+
+def test_long_lines_are_thinned_to_their_means():
+    line = [(float(i), float(i % 2)) for i in range(100_000)]
+    short = thin(line)
+    assert len(short) == 1000
+    assert short[0] == (49.5, 0.5)
+    assert short[-1][0] == 99_949.5
+    assert thin(line[:10]) == line[:10]
