@@ -179,7 +179,7 @@ class Metrics:
             "skipped": round((sums["steps"] - sums["fine"]) / replicas),
             **{name: _finite(v) for name, v in zip(self._extra, extra.tolist(), strict=True)},
             "bands": _band_means(bands),
-            "buckets": {name: sum(each) / len(each) for name, each in self._buckets.items()},
+            "buckets": {n: sum(each) / len(each) for n, each in self._buckets.items() if n},
         }
         self._clear()
         if self.rank:

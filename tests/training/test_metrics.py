@@ -164,10 +164,11 @@ def test_tensorboard_gets_scalars_and_drops_what_is_done_again(tmp_path, monkeyp
 def test_wandb_without_account_or_network_is_offline(
     tmp_path, monkeypatch, capsys, account, network
 ):
-    modes = []
+    modes, names = [], set()
 
     def init(mode, **settings):
         modes.append(mode)
+        names.add(settings["id"])
         if mode == "online" and not network:
             raise ConnectionError("no route")
         return types.SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
@@ -175,7 +176,9 @@ def test_wandb_without_account_or_network_is_offline(
     api = types.SimpleNamespace(api_key="key" if account else None)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(api=api, init=init))
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    open_trackers(["wandb"], tmp_path)
+    for _ in range(2):
+        open_trackers(["wandb"], tmp_path)
+    assert len(names) == 1  # a resumed run stays one run
     assert modes[-1] == ("online" if account and network else "offline")
     assert ("wandb sync" in capsys.readouterr().out) == (modes[-1] == "offline")
 
