@@ -56,7 +56,8 @@ def search(
 
     Args:
         try_batch: runs a step or a few and returns the seconds of one; raises `OutOfMemory` or
-            torch's OutOfMemoryError.
+            torch's OutOfMemoryError. Among several processes it must come to the same end on all:
+            the slowest's seconds, and `OutOfMemory` everywhere if one had none left.
         start: first guess.
         limit: largest size to try.
         lowest: smallest size to try.

@@ -20,7 +20,7 @@ from opensora.training.batch_size import OutOfMemory
 #: with `saved_bytes` on STDiT3 of widths 64 and 144 (21.07 at mlp_ratio 4, in any dtype).
 _KEPT = 13
 #: Outside the blocks: embedded patches, last norm and modulation, the prediction.
-_AROUND = 4
+_AROUND = 2
 #: Bytes of a trained weight: itself, gradient and two averages of Adam, all float32.
 _TRAINED = 4 + 4 + 8
 
@@ -74,6 +74,7 @@ def estimate(
     *,
     trained: int | None = None,
     recomputed: int = 0,
+    kept: float = 1.0,
     shards: int = 1,
     ema: bool = True,
     dtype: torch.dtype = torch.bfloat16,
@@ -86,6 +87,8 @@ def estimate(
         parameters: weights of the model.
         trained: those that are trained; None: all.
         recomputed: blocks of the 2 * depth that are recomputed in the backward.
+        kept: tensors [N, C] that such a block keeps: 1, its input; more if the results of some
+            operations are kept.
         shards: processes that weights and optimizer are sharded over.
         ema: averages are kept.
         dtype: of the computation.
@@ -100,8 +103,8 @@ def estimate(
         cast = round(2 * parameters / blocks) * item
     block = _KEPT + 2 * config.mlp_ratio
     # One more block: the one that is recomputed, or the gradients of the one in the backward.
-    kept = (blocks - recomputed + 1) * block + recomputed + _AROUND
-    return MemoryModel(weights / shards + cast + other, kept * width * item)
+    tensors = (blocks - recomputed + 1) * block + recomputed * kept + _AROUND
+    return MemoryModel(weights / shards + cast + other, tensors * width * item)
 
 
 def saved_bytes(call: Callable[[], Any], parameters: Iterable[Tensor]) -> int:

@@ -159,7 +159,8 @@ class Metrics:
         own = torch.tensor([self._sums[name] for name in names] + means, dtype=torch.float64)
         both = self._sum_ranks(torch.cat([own, _band_sums(self._samples).flatten()]))
         sums = dict(zip(names, both.tolist(), strict=False))
-        extra = both[len(names) : len(own)] / max(1.0, sums["steps"] / self._sums["steps"])
+        replicas = sums["steps"] / self._sums["steps"]
+        extra = both[len(names) : len(own)] / replicas
         bands = both[len(own) :].view(2, BANDS)
         seconds = max(now - self._reported, 1e-9)
         self._reported = now
@@ -173,12 +174,12 @@ class Metrics:
             "tokens_per_second": sums["tokens"] / seconds,
             "tflops": speed / 1e12,
             "mfu": speed / self.peak if self.peak and sums["flops"] else None,
-            "data_wait": min(1.0, self._sums["wait"] / seconds),
+            "data_wait": min(1.0, sums["wait"] / replicas / seconds),
             "memory_gib": peak_memory(self.device) / 2**30,
-            "skipped": round((sums["steps"] - sums["fine"]) / sums["steps"] * self._sums["steps"]),
+            "skipped": round((sums["steps"] - sums["fine"]) / replicas),
             **{name: _finite(v) for name, v in zip(self._extra, extra.tolist(), strict=True)},
             "bands": _band_means(bands),
-            "buckets": {name: sum(each) / len(each) for name, each in self._buckets.items()},
+            "buckets": {n: sum(each) / len(each) for n, each in self._buckets.items() if n},
         }
         self._clear()
         if self.rank:

@@ -14,6 +14,7 @@ from opensora.training.metrics import read_metrics
 COLOURS = ("#27c", "#2a7", "#c70", "#a3c", "#c33", "#777", "#0aa", "#840", "#58f", "#d6a")
 _AREA = (60, 40, 720, 320)  # left, top, width, height of the axes
 _FIGURE = (820, 18)  # width, height of a line of the legend
+_MOST_POINTS = 1000  # of a line: more than the pixels it is drawn on
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
@@ -55,6 +56,10 @@ def write_loss_plot(folder: Path, *, log_x: bool = False) -> Path | None:
         "validation loss by timestep": _nested(lines, "validation_timesteps"),
     }
     panels["training loss"]["smoothed"] = smooth(panels["training loss"]["loss"])
+    panels = {
+        title: {label: thin(line) for label, line in series.items()}
+        for title, series in panels.items()
+    }
     drawn, top = [], 0
     for title, series in panels.items():
         if any(series.values()):
@@ -76,6 +81,17 @@ def smooth(line: Sequence[tuple[float, float]], share: float = 0.05) -> list[tup
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
         result.append((step, mean / weight))
     return result
+
+
+def thin(
+    line: Sequence[tuple[float, float]], most: int = _MOST_POINTS
+) -> Sequence[tuple[float, float]]:
+    """Return a line of at most `most` points, each the mean of neighbours."""
+    size = -(-len(line) // most)
+    if size <= 1:
+        return line
+    groups = (line[i : i + size] for i in range(0, len(line), size))
+    return [(sum(s for s, _ in g) / len(g), sum(v for _, v in g) / len(g)) for g in groups]
 
 
 def _points(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

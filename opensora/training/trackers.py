@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from opensora.config_expression import suggest
 from opensora.errors import UsageError
+from opensora.files import write_text
 
 TRACKERS = ("tensorboard", "wandb")
 
@@ -90,6 +92,14 @@ class _TensorBoard:
         self._writer.close()
 
 
+def _run_id(folder: Path) -> str:
+    """Return the name that a run keeps when it is resumed, from a file in its folder."""
+    path = folder / "wandb_id"
+    if not path.exists():
+        write_text(path, secrets.token_hex(4))
+    return path.read_text("utf-8").strip()
+
+
 class _Wandb:
     """Log to Weights & Biases; into the folder alone where there is no account or no network."""
 
@@ -103,7 +113,7 @@ class _Wandb:
             ) from error
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
         settings = {"project": project, "dir": str(folder), "config": dict(config)}
-        settings["name"] = folder.name
+        settings |= {"name": folder.name, "id": _run_id(folder), "resume": "allow"}
         try:
             self._run: Any = wandb.init(mode=mode, **settings)
         except Exception as error:  # its own classes differ between versions
@@ -112,7 +122,7 @@ class _Wandb:
             print(f"wandb cannot be reached ({error}); writing to {folder / 'wandb'} instead")
             mode, self._run = "offline", wandb.init(mode="offline", **settings)
         if mode == "offline":
-            print(f"wandb is offline; send the run later with: wandb sync {folder / 'wandb'}/*")
+            print(f"wandb is offline; later: wandb sync {folder / 'wandb'}/offline-*")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Take the values of a step."""

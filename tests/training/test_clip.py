@@ -1,0 +1,103 @@
+"""Check gradient clipping: norms, the recorded trace of adaptive clipping, bad norms."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from opensora.training.clip import AdaptiveClip, GradientClip, gradient_norm
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def parameters_with(norm: float) -> list[nn.Parameter]:
+    """Return two parameters whose gradients together have the norm, and one without."""
+    parameters = [
+        nn.Parameter(torch.zeros(2, 3)),
+        nn.Parameter(torch.zeros(4)),
+        nn.Parameter(torch.zeros(1)),
+    ]
+    for parameter in parameters[:2]:
+        parameter.grad = torch.full_like(parameter, norm / math.sqrt(10))
+    return parameters
+
+
+def test_fixed_clipping_is_torchs():
+    for norm in (0.5, 1.0, 7.0):
+        ours, theirs = parameters_with(norm), parameters_with(norm)
+        result = GradientClip(1.0)(ours)
+        assert result.before == pytest.approx(norm, rel=1e-6)
+        assert float(nn.utils.clip_grad_norm_(theirs, 1.0)) == pytest.approx(
+            result.before, rel=1e-6
+        )
+        for left, right in zip(ours[:2], theirs[:2], strict=True):
+            assert torch.allclose(left.grad, right.grad, rtol=1e-5)
+        assert gradient_norm(ours) == pytest.approx(result.after, rel=1e-6)
+        assert result.after <= 1.0
+
+
+def test_no_limit_only_measures():
+    for limit in (None, 0, math.inf):
+        parameters = parameters_with(1e6)
+        result = GradientClip(limit)(parameters)
+        assert result.after == result.before == pytest.approx(1e6)
+        assert not result.extreme
+
+
+def test_adaptive_clipping_follows_the_recorded_trace():
+    trace = json.loads((GOLDEN / "adaptive_clip.json").read_text())
+    clip = AdaptiveClip(1.0, decay=trace["decay"])
+    for row in trace["rows"]:
+        parameters = parameters_with(row["grad_norm"])
+        result = clip(parameters)
+        assert result.after == pytest.approx(row["returned"], rel=1e-5)
+        assert gradient_norm(parameters) == pytest.approx(row["returned"], rel=1e-5)
+        assert result.before / result.after == pytest.approx(row["clip_coef"], rel=1e-4)
+        assert (clip.mean, clip.variance) == pytest.approx((row["ema"], row["ema_var"]), rel=1e-4)
+        assert result.extreme == bool(row["extreme"])
+
+
+def test_bad_norms_teach_nothing_and_change_no_gradient():
+    clip = AdaptiveClip(1.0)
+    for norm in (0.5, 0.6, 0.4):
+        clip(parameters_with(norm))
+    before = clip.state_dict()
+    for norm in (math.nan, math.inf, 1e9):
+        parameters = parameters_with(norm)
+        result = clip(parameters)
+        assert result.extreme
+        assert clip.state_dict() == before
+        assert torch.equal(
+            parameters[0].grad.nan_to_num(), parameters_with(norm)[0].grad.nan_to_num()
+        )
+    assert not clip(parameters_with(0.5)).extreme
+
+
+def test_a_bad_first_norm_is_not_the_start_of_the_statistics():
+    clip = AdaptiveClip(1.0)
+    assert clip(parameters_with(math.nan)).extreme
+    assert clip.steps == 0
+    assert not clip(parameters_with(0.2)).extreme
+    assert clip.mean == pytest.approx(0.6, rel=1e-5)
+
+
+def test_warm_up_clips_at_the_fixed_norm_and_learns():
+    clip = AdaptiveClip(1.0, warm_up=50)
+    for _ in range(50):
+        assert clip(parameters_with(3.0)).after <= 1.0
+    assert 1.5 < clip.mean < 3.0
+    assert not clip(parameters_with(3.0)).extreme
+
+
+def test_adaptive_clipping_resumes():
+    whole, first, second = AdaptiveClip(), AdaptiveClip(), AdaptiveClip()
+    norms = [0.5, 0.7, 0.4, 2.0, 0.6, 1.4]
+    after = [whole(parameters_with(norm)).after for norm in norms]
+    before_cut = [first(parameters_with(norm)).after for norm in norms[:3]]
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert before_cut + [second(parameters_with(norm)).after for norm in norms[3:]] == after
