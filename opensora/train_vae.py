@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -48,10 +49,15 @@ from opensora.train_vae_config import TrainVAEConfig
 from opensora.training.clip import GradientClip
 from opensora.training.ema import EMA
 from opensora.training.gradients import average_gradients
+from opensora.training.metrics import Metrics
 from opensora.training.optimizers import build_optimizer
+from opensora.training.plot import write_loss_plot
 from opensora.training.schedule import Schedule
+from opensora.training.trackers import open_trackers
 from opensora.training.vae_objective import REPORTED, VAEObjective, prepare, shorten
 from opensora.training.watchdog import Verdict, Watchdog
+
+JUDGE = "_discriminator"
 
 
 def train_vae(config: TrainVAEConfig, dataset: Dataset | None = None) -> Path:
@@ -104,6 +110,8 @@ class _Training:
         # The same weights on all processes: they draw from the same generator.
         torch.manual_seed(config.seed)
         self.vae, origin = build_vae(config.model, source=config.ckpt_path)
+        # `cal_loss` is upstream's word for training; what is saved shall normalise its latents.
+        self.vae.config = dataclasses.replace(self.vae.config, cal_loss=False)
         self.vae.to(world.device).train()
         prepare(self.vae, config)
         self.judge: NLayerDiscriminator | None = None
@@ -114,9 +122,10 @@ class _Training:
         if config.needs_perceptual:
             perceptual = LPIPS.from_files(config.lpips_path or ()).to(world.device)
         self.objective = VAEObjective(config, self.vae, self.judge, perceptual)
-        self.modules: dict[str, nn.Module] = {"vae": self.vae, "lecam": self.objective.lecam}
+        # Names with an underscore are of use to training alone and are not exported.
+        self.modules: dict[str, nn.Module] = {"vae": self.vae}
         if self.judge is not None:
-            self.modules["discriminator"] = self.judge
+            self.modules |= {JUDGE: self.judge, "_lecam": self.objective.lecam}
         self.optimizers: dict[str, Optimizer] = {
             name: build_optimizer(
                 [(n, p) for n, p in self.modules[name].named_parameters() if p.requires_grad],
@@ -124,7 +133,7 @@ class _Training:
                 eps=config.adam_eps,
                 weight_decay=config.weight_decay,
             )
-            for name in ("vae", "discriminator")
+            for name in ("vae", JUDGE)
             if name in self.modules
         }
         self.ema: EMA | None = None
@@ -151,6 +160,8 @@ class _Training:
         )
         self.progress = Progress(batch_size=config.batch_size)
         self.saved: int | None = None
+        tokens, high, wide = self.vae.get_latent_size((frames, height, width))
+        self._latents = (tokens or 0) * high * wide
         trained = sum(p.numel() for p in self.vae.parameters() if p.requires_grad)
         self._say(
             f"{origin}: {trained:,} of {sum(p.numel() for p in self.vae.parameters()):,} "
@@ -159,7 +170,7 @@ class _Training:
 
     def run(self) -> Path:
         """Train to the end of the last epoch; returns the folder of the trained VAE."""
-        config, progress = self.config, self.progress
+        config = self.config
         with Checkpointer(
             self.folder,
             rank=self.world.rank,
@@ -169,32 +180,53 @@ class _Training:
         ) as checkpointer:
             if config.load is not None:
                 self._resume(checkpointer, config.load)
-                progress = self.progress
-            for batches in self._steps(progress.batch):
-                stop_if_requested()
-                verdict = self._step(batches)
-                last = batches[-1]
-                progress.batch = (last.number // self.replicas + 1) * self.replicas
-                if verdict is Verdict.REWIND:
-                    self._rewind(checkpointer)
-                elif verdict is Verdict.OK:
-                    progress.global_step += 1
-                    per_epoch = self.steps // config.epochs
-                    progress.epoch = progress.batch // self.replicas // per_epoch
-                    progress.step = progress.batch // self.replicas % per_epoch
-                    if config.ckpt_every and progress.global_step % config.ckpt_every == 0:
-                        self._save(checkpointer)
-            if self.saved != progress.global_step:
-                self._save(checkpointer)
+            metrics = self._open_metrics()
+            try:
+                for batches in self._steps(metrics):
+                    stop_if_requested()
+                    self._count(self._step(batches, metrics), batches[-1].number, checkpointer)
+                    if self._is_due():
+                        with metrics.paused():
+                            self._save(checkpointer)
+                if self.saved != self.progress.global_step:
+                    self._save(checkpointer)
+            finally:
+                metrics.close()
         return self._export()
 
-    def _steps(self, first: int) -> Iterator[list[Batch]]:
+    def _steps(self, metrics: Metrics) -> Iterator[list[Batch]]:
         """Yield the batches that this process takes in every step."""
-        batches = self.loader.batches(first)
-        while step := list(islice(batches, self.config.accumulation_steps)):
+        batches = self.loader.batches(self.progress.batch)
+        while True:
+            with metrics.waiting():
+                step = list(islice(batches, self.config.accumulation_steps))
+            if not step:
+                return
             yield step
 
-    def _step(self, batches: list[Batch]) -> Verdict:
+    def _count(self, verdict: Verdict, number: int, checkpointer: Checkpointer) -> None:
+        """Move the counters behind a step whose last batch had this number."""
+        progress, per_epoch = self.progress, self.steps // self.config.epochs
+        taken = number // self.replicas + 1
+        progress.batch = taken * self.replicas
+        progress.epoch, progress.step = divmod(taken, per_epoch)
+        if verdict is Verdict.OK:
+            progress.global_step += 1
+        elif verdict is Verdict.REWIND:
+            # To the weights of the last good checkpoint; on with the next batch.
+            found = checkpointer.load("latest", self.modules, self.optimizers, self.ema)
+            if found is None:
+                raise NonFiniteError(
+                    f"{self.watchdog.patience} bad steps in a row and no checkpoint to return to; "
+                    f"the samples are in {self.watchdog.path}. Try a lower --lr, or --dtype fp32"
+                )
+            progress.global_step = self.saved = found.global_step
+
+    def _is_due(self) -> bool:
+        step, every = self.progress.global_step, self.config.ckpt_every
+        return every > 0 and step > 0 and step % every == 0 and step != self.saved
+
+    def _step(self, batches: list[Batch], metrics: Metrics) -> Verdict:
         """Take one optimizer step, unless it is bad."""
         config, number = self.config, self.progress.global_step
         for optimizer in self.optimizers.values():
@@ -210,7 +242,7 @@ class _Training:
         means, counts = self._average(told)
         norms = []
         for name, optimizer in self.optimizers.items():
-            count = counts["disc" if name == "discriminator" else "loss"]
+            count = counts["disc" if name == JUDGE else "loss"]
             average_gradients(optimizer, count)
             clipped = self.clip(p for group in optimizer.param_groups for p in group["params"])
             norms.append(clipped.before)
@@ -222,14 +254,23 @@ class _Training:
             details={"batches": [batch.number for batch in batches]},
         )
         if verdict is Verdict.OK:
+            rate = 0.0
             for optimizer in self.optimizers.values():
-                self.schedule.set(optimizer, number)
+                rate = self.schedule.set(optimizer, number)
                 optimizer.step()
             if "logit_real" in means:
                 self.objective.lecam.update(means["logit_real"], means["logit_fake"])
             if self.ema is not None:
                 self.ema.update()
-            self._log(number + 1, {**means, "norm": norms[0]})
+            metrics.step(
+                number,
+                means.pop("loss", math.nan),
+                grad_norm=norms[0],
+                lr=rate,
+                tokens=self._latents * sum(len(batch) for batch in batches),
+                bucket=batches[0].bucket,
+                values=means,
+            )
         return verdict
 
     def _average(self, told: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, int]]:
@@ -244,15 +285,25 @@ class _Training:
         means = dict(zip(REPORTED, (sums[0] / sums[1]).tolist(), strict=True))
         return {name: value for name, value in means.items() if counts[name]}, counts
 
-    def _log(self, step: int, values: dict[str, float]) -> None:
-        """Record a step, and print it every `log_every` steps."""
-        if not self.world.is_main:
-            return
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if step % self.config.log_every == 0 or step == self.steps:
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            print(f"step {step}/{self.steps}  {shown}", flush=True)
+    def _open_metrics(self) -> Metrics:
+        config, world, first = self.config, self.world, self.progress.global_step
+        names = [name for name in ("tensorboard", "wandb") if getattr(config, name)]
+        return Metrics(
+            self.folder,
+            self.steps,
+            log_every=config.log_every,
+            first_step=first,
+            rank=world.rank,
+            devices=world.size,
+            sum_ranks=lambda own: all_reduce(own, "metrics"),
+            device=world.device,
+            trackers=open_trackers(
+                names if world.is_main else [],
+                self.folder,
+                config=dataclasses.asdict(config),
+                first_step=first,
+            ),
+        )
 
     def _choose_folder(self) -> Path:
         """Return the run's folder: that of the checkpoint to go on from, or a new one."""
@@ -281,20 +332,7 @@ class _Training:
             return
         self.progress = found
         self.watchdog.load_state_dict(found.extra["watchdog"])
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["initial_lr"] = self.config.lr
         self._say(f"resumed at step {found.global_step}, batch {found.batch}")
-
-    def _rewind(self, checkpointer: Checkpointer) -> None:
-        """Return to the weights of the last good checkpoint and go on with the next batch."""
-        found = checkpointer.load("latest", self.modules, self.optimizers, self.ema)
-        if found is None:
-            raise NonFiniteError(
-                f"{self.watchdog.patience} bad steps in a row and no checkpoint to return to; the "
-                f"samples are in {self.watchdog.path}. Try a lower --lr, or --dtype fp32"
-            )
-        self.progress.global_step = found.global_step
 
     def _save(self, checkpointer: Checkpointer) -> None:
         if self.watchdog.in_row == 0:
@@ -308,8 +346,7 @@ class _Training:
         if self.ema is not None:
             self.ema.swap()
         if self.world.is_main:
-            # `cal_loss` is for training; what is saved shall encode to normalised latents.
-            self.vae.config = dataclasses.replace(self.vae.config, cal_loss=False)
+            write_loss_plot(self.folder)
             save_model(self.vae, folder)
             if self.judge is not None:
                 tensors = {k: v.cpu().contiguous() for k, v in self.judge.state_dict().items()}
