@@ -25,8 +25,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
-from torch.optim import Optimizer
 
 from opensora.checkpoint import save_model
 from opensora.config import load_config_file, parse_command_line
@@ -41,23 +39,14 @@ from opensora.distributed.collectives import all_reduce, barrier, broadcast_obje
 from opensora.distributed.run_folders import find_run, is_ours, new_run_folder
 from opensora.errors import NonFiniteError, UsageError
 from opensora.files import atomic, write_text
-from opensora.models.vae.discriminator import NLayerDiscriminator, build_discriminator
-from opensora.models.vae.loading import TRAINED, build_vae
-from opensora.models.vae.lpips import LPIPS
+from opensora.models.vae.loading import TRAINED
 from opensora.program import run_program, stop_if_requested
 from opensora.train_vae_config import TrainVAEConfig
-from opensora.training.clip import GradientClip
-from opensora.training.ema import EMA
-from opensora.training.gradients import average_gradients
 from opensora.training.metrics import Metrics
-from opensora.training.optimizers import build_optimizer
 from opensora.training.plot import write_loss_plot
-from opensora.training.schedule import Schedule
 from opensora.training.trackers import open_trackers
-from opensora.training.vae_objective import REPORTED, VAEObjective, prepare, shorten
+from opensora.training.vae_learner import VAELearner
 from opensora.training.watchdog import Verdict, Watchdog
-
-JUDGE = "_discriminator"
 
 
 def train_vae(config: TrainVAEConfig, dataset: Dataset | None = None) -> Path:
@@ -107,40 +96,7 @@ class _Training:
                 f"batch_size {config.batch_size} x {self.replicas} (processes x "
                 "accumulation_steps); use a smaller --batch-size, or more rows"
             )
-        # The same weights on all processes: they draw from the same generator.
-        torch.manual_seed(config.seed)
-        self.vae, origin = build_vae(config.model, source=config.ckpt_path)
-        # `cal_loss` is upstream's word for training; what is saved shall normalise its latents.
-        self.vae.config = dataclasses.replace(self.vae.config, cal_loss=False)
-        self.vae.to(world.device).train()
-        prepare(self.vae, config)
-        self.judge: NLayerDiscriminator | None = None
-        if config.discriminator is not None:
-            self.judge = build_discriminator(config.discriminator).to(world.device).train()
-            _check_size(self.judge, frames, height, width)
-        perceptual = None
-        if config.needs_perceptual:
-            perceptual = LPIPS.from_files(config.lpips_path or ()).to(world.device)
-        self.objective = VAEObjective(config, self.vae, self.judge, perceptual)
-        # Names with an underscore are of use to training alone and are not exported.
-        self.modules: dict[str, nn.Module] = {"vae": self.vae}
-        if self.judge is not None:
-            self.modules |= {JUDGE: self.judge, "_lecam": self.objective.lecam}
-        self.optimizers: dict[str, Optimizer] = {
-            name: build_optimizer(
-                [(n, p) for n, p in self.modules[name].named_parameters() if p.requires_grad],
-                lr=config.lr,
-                eps=config.adam_eps,
-                weight_decay=config.weight_decay,
-            )
-            for name in ("vae", JUDGE)
-            if name in self.modules
-        }
-        self.ema: EMA | None = None
-        if config.ema_decay is not None:
-            self.ema = EMA({"vae": self.vae}, config.ema_decay, trained_only=True)
-        self.schedule = Schedule(warmup=config.warmup_steps or 0)
-        self.clip = GradientClip(config.grad_clip)
+        self.learner = VAELearner(config, world.device)
         self.folder = self._choose_folder()
         self.loader = Loader(
             dataset,
@@ -160,12 +116,13 @@ class _Training:
         )
         self.progress = Progress(batch_size=config.batch_size)
         self.saved: int | None = None
-        tokens, high, wide = self.vae.get_latent_size((frames, height, width))
+        self.state = self.learner.modules, self.learner.optimizers, self.learner.ema
+        tokens, high, wide = self.learner.vae.get_latent_size((frames, height, width))
         self._latents = (tokens or 0) * high * wide
-        trained = sum(p.numel() for p in self.vae.parameters() if p.requires_grad)
+        sizes = [(p.numel(), p.requires_grad) for p in self.learner.vae.parameters()]
         self._say(
-            f"{origin}: {trained:,} of {sum(p.numel() for p in self.vae.parameters()):,} "
-            f"parameters learn, {self.steps} steps, {self.folder}"
+            f"{self.learner.origin}: {sum(size for size, learns in sizes if learns):,} of "
+            f"{sum(size for size, _ in sizes):,} parameters learn; {self.steps} steps; {self.folder}"
         )
 
     def run(self) -> Path:
@@ -214,7 +171,7 @@ class _Training:
             progress.global_step += 1
         elif verdict is Verdict.REWIND:
             # To the weights of the last good checkpoint; on with the next batch.
-            found = checkpointer.load("latest", self.modules, self.optimizers, self.ema)
+            found = checkpointer.load("latest", *self.state)
             if found is None:
                 raise NonFiniteError(
                     f"{self.watchdog.patience} bad steps in a row and no checkpoint to return to; "
@@ -228,24 +185,9 @@ class _Training:
 
     def _step(self, batches: list[Batch], metrics: Metrics) -> Verdict:
         """Take one optimizer step, unless it is bad."""
-        config, number = self.config, self.progress.global_step
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        told = []
-        for batch in batches:
-            if batch.video is None:
-                continue  # no row of it could be read; the quarantine file says why
-            # All that is random in a batch comes from the seed and the batch's number.
-            torch.manual_seed(config.seed * 1_000_003 + batch.number)
-            video = shorten(batch.video.to(self.world.device), config, batch.number)
-            told.append(self.objective.backward(video, number))
-        means, counts = self._average(told)
-        norms = []
-        for name, optimizer in self.optimizers.items():
-            count = counts["disc" if name == JUDGE else "loss"]
-            average_gradients(optimizer, count)
-            clipped = self.clip(p for group in optimizer.param_groups for p in group["params"])
-            norms.append(clipped.before)
+        number = self.progress.global_step
+        told = self.learner.backward(batches, number)
+        means, norms = self.learner.average(told)
         verdict = self.watchdog.check(
             [values[name] for values in told for name in ("loss", "disc") if name in values],
             max(norms),
@@ -254,14 +196,7 @@ class _Training:
             details={"batches": [batch.number for batch in batches]},
         )
         if verdict is Verdict.OK:
-            rate = 0.0
-            for optimizer in self.optimizers.values():
-                rate = self.schedule.set(optimizer, number)
-                optimizer.step()
-            if "logit_real" in means:
-                self.objective.lecam.update(means["logit_real"], means["logit_fake"])
-            if self.ema is not None:
-                self.ema.update()
+            rate = self.learner.update(means, number)
             metrics.step(
                 number,
                 means.pop("loss", math.nan),
@@ -272,18 +207,6 @@ class _Training:
                 values=means,
             )
         return verdict
-
-    def _average(self, told: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, int]]:
-        """Return means of what batches of all processes reported, and how many reported it."""
-        sums = torch.zeros(2, len(REPORTED), dtype=torch.float64)
-        for values in told:
-            for index, name in enumerate(REPORTED):
-                if name in values:
-                    sums[:, index] += torch.tensor([values[name], 1.0], dtype=torch.float64)
-        sums = all_reduce(sums, "losses")
-        counts = dict(zip(REPORTED, sums[1].int().tolist(), strict=True))
-        means = dict(zip(REPORTED, (sums[0] / sums[1]).tolist(), strict=True))
-        return {name: value for name, value in means.items() if counts[name]}, counts
 
     def _open_metrics(self) -> Metrics:
         config, world, first = self.config, self.world, self.progress.global_step
@@ -326,7 +249,7 @@ class _Training:
         return Path(broadcast_object(choose() if self.world.is_main else "", "the run's folder"))
 
     def _resume(self, checkpointer: Checkpointer, which: str) -> None:
-        found = checkpointer.load(which, self.modules, self.optimizers, self.ema)
+        found = checkpointer.load(which, *self.state)
         if found is None:
             self._say(f"{self.config.outputs} holds no checkpoint yet; training from the start")
             return
@@ -337,19 +260,21 @@ class _Training:
     def _save(self, checkpointer: Checkpointer) -> None:
         if self.watchdog.in_row == 0:
             self.progress.extra = {"watchdog": self.watchdog.state_dict()}
-            checkpointer.save(self.progress, self.modules, self.optimizers, self.ema)
+            checkpointer.save(self.progress, *self.state)
             self.saved = self.progress.global_step
 
     def _export(self) -> Path:
         """Write the VAE, its averages if there are any, and the discriminator."""
         folder = self.folder / TRAINED
-        if self.ema is not None:
-            self.ema.swap()
+        if self.learner.ema is not None:
+            self.learner.ema.swap()
         if self.world.is_main:
             write_loss_plot(self.folder)
-            save_model(self.vae, folder)
-            if self.judge is not None:
-                tensors = {k: v.cpu().contiguous() for k, v in self.judge.state_dict().items()}
+            save_model(self.learner.vae, folder)
+            if self.learner.judge is not None:
+                tensors = {
+                    k: v.cpu().contiguous() for k, v in self.learner.judge.state_dict().items()
+                }
                 with atomic(self.folder / "discriminator.safetensors") as partial:
                     save_file(tensors, partial)
         barrier("the end")
@@ -369,12 +294,6 @@ def _dataset_settings(
     if config.data_path is not None:
         settings["data_path"] = config.data_path
     return settings
-
-
-def _check_size(judge: NLayerDiscriminator, frames: int, height: int, width: int) -> None:
-    """Refuse clips of which the discriminator could never judge one."""
-    with torch.device("meta"):
-        judge.require(torch.empty(1, 3, frames, height, width))
 
 
 def main(argv: Sequence[str] | None = None, program: str = "train_vae.py") -> int:
