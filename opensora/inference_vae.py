@@ -36,7 +36,7 @@ from opensora.errors import UsageError
 from opensora.files import check_folder, write_text
 from opensora.media import estimate_bytes, write_clip
 from opensora.models.vae import SPATIAL_SCALE, VideoAutoencoder
-from opensora.models.vae.loading import build_vae
+from opensora.models.vae.loading import TINY, build_vae
 from opensora.models.vae.losses import fold_frames, kl_loss, reconstruction_loss
 from opensora.models.vae.lpips import LPIPS
 from opensora.program import run_program, stop_if_requested
@@ -110,21 +110,22 @@ def reconstruct(config: InferenceVAEConfig) -> dict[str, Any]:
     size = dataset.size
     assert size is not None
     folder = Path(config.save_dir)
-    rows = len(dataset.entries())
+    rows = len(dataset.entries()) - len(dataset.problems)
     count = min(rows, config.num_samples or config.max_test_samples or rows)
     check_folder(folder, count * len(KINDS) * estimate_bytes(*size) if config.save_clips else 0)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    model = config.model or {"type": "OpenSoraVAE_V1_2"}
-    vae, origin = build_vae(model, source=config.ckpt_path, dtype=dtype, device=device)
+    source = config.ckpt_path or (None if config.model else TINY)
+    vae, origin = build_vae(config.model, source=source, dtype=dtype, device=device)
     print(f"{origin}: {count} of {rows} rows as {size.frames} x {size.height} x {size.width}")
     perceptual = None
     if config.lpips_path:
         perceptual = LPIPS.from_files(config.lpips_path).to(device)
     names = _names(dataset)
     measured: defaultdict[str, list[float]] = defaultdict(list)
-    latents, failed = _Spread(), {}
-    lines = []
+    entries = dataset.entries()
+    failed = {entries[index].name: reason for index, reason in dataset.problems.items()}
+    latents, lines = _Spread(), []
     for index, clip, fps, reasons in _clips(dataset, size, count, config):
         stop_if_requested()
         failed |= reasons
@@ -136,12 +137,12 @@ def reconstruct(config: InferenceVAEConfig) -> dict[str, Any]:
         latents.add(z)
         for name, value in values.items():
             measured[name].append(value)
-        lines.append(json.dumps({"row": dataset.entries()[index].name, **values}))
+        lines.append(json.dumps({"row": entries[index].name, **values}))
         print(names[index], _shown(values), sep=": ", flush=True)
         if config.save_clips:
             suffix = ".png" if size.frames == 1 else ".mp4"
             for kind, video in zip(KINDS, made, strict=True):
-                recipe = {"row": dataset.entries()[index].name, "vae": origin, "kind": kind}
+                recipe = {"row": entries[index].name, "vae": origin, "kind": kind}
                 path = folder / f"{names[index]}_{kind}{suffix}"
                 write_clip(path, video.cpu(), config.fps or fps, {**recipe, **values})
         if len(lines) % config.log_stats_every == 0:
@@ -187,8 +188,8 @@ def _ssim(x: Tensor, made: Tensor) -> float:
     """Compute the mean structural similarity of the frames of [1, 3, T, H, W] in [-1, 1]."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    pair = [(fold_frames(video.clamp(-1, 1)) + 1) / 2 for video in (made, x)]
-    value: Any = structural_similarity_index_measure(*pair, data_range=1.0)
+    made, x = ((fold_frames(video.clamp(-1, 1)) + 1) / 2 for video in (made, x))
+    value: Any = structural_similarity_index_measure(made, x, data_range=1.0)
     return float(value)
 
 
@@ -229,10 +230,6 @@ def _build_dataset(config: InferenceVAEConfig) -> VariableVideoTextDataset:
             f"dataset.type {settings['type']!r}: clips of one size are reconstructed, type "
             "'VideoTextDataset'"
         )
-    if "transform_name" not in settings:
-        sides = settings.get("image_size")
-        if isinstance(sides, Sequence) and len(set(sides)) > 1:
-            settings["transform_name"] = "resize_crop"
     dataset = build_dataset(settings)
     assert isinstance(dataset, VariableVideoTextDataset)
     return dataset
@@ -285,9 +282,8 @@ def main(argv: Sequence[str] | None = None, program: str = "inference_vae.py") -
         )
         print(sources.table(config), *sources.notes, sep="\n", flush=True)
         summary = reconstruct(config)
-        print(
-            f"{summary['rows']} rows: {_shown({k: v for k, v in summary.items() if isinstance(v, float)})}"
-        )
+        means = {name: value for name, value in summary.items() if isinstance(value, float)}
+        print(f"{summary['rows']} rows, {len(summary['failed'])} left out: {_shown(means)}")
         if config.cal_stats:
             print(f"latents: mean {summary['latent_mean']}, spread {summary['latent_std']}")
         if "ssim" not in summary:

@@ -122,7 +122,8 @@ class _Training:
         sizes = [(p.numel(), p.requires_grad) for p in self.learner.vae.parameters()]
         self._say(
             f"{self.learner.origin}: {sum(size for size, learns in sizes if learns):,} of "
-            f"{sum(size for size, _ in sizes):,} parameters learn; {self.steps} steps; {self.folder}"
+            f"{sum(size for size, _ in sizes):,} parameters learn, "
+            f"{self.steps} steps, {self.folder}"
         )
 
     def run(self) -> Path:

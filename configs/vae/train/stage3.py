@@ -1,4 +1,4 @@
-# Third stage: everything learns on pixels, on clips of 1 to 33 frames. Starts from the second's VAE.
+# Third stage: everything learns on pixels, on clips of 1 to 33 frames, from the second's VAE.
 # python scripts/train_vae.py configs/vae/train/stage3.py --data-path meta.csv --lpips-path FOLDER
 _base_ = ["stage1.py"]
 
