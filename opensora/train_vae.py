@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -24,8 +25,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
-from torch.optim import Optimizer
 
 from opensora.checkpoint import save_model
 from opensora.config import load_config_file, parse_command_line
@@ -40,17 +39,13 @@ from opensora.distributed.collectives import all_reduce, barrier, broadcast_obje
 from opensora.distributed.run_folders import find_run, is_ours, new_run_folder
 from opensora.errors import NonFiniteError, UsageError
 from opensora.files import atomic, write_text
-from opensora.models.vae.discriminator import NLayerDiscriminator, build_discriminator
-from opensora.models.vae.loading import TRAINED, build_vae
-from opensora.models.vae.lpips import LPIPS
+from opensora.models.vae.loading import TRAINED
 from opensora.program import run_program, stop_if_requested
 from opensora.train_vae_config import TrainVAEConfig
-from opensora.training.clip import GradientClip
-from opensora.training.ema import EMA
-from opensora.training.gradients import average_gradients
-from opensora.training.optimizers import build_optimizer
-from opensora.training.schedule import Schedule
-from opensora.training.vae_objective import REPORTED, VAEObjective, prepare, shorten
+from opensora.training.metrics import Metrics
+from opensora.training.plot import write_loss_plot
+from opensora.training.trackers import open_trackers
+from opensora.training.vae_learner import VAELearner
 from opensora.training.watchdog import Verdict, Watchdog
 
 
@@ -101,37 +96,7 @@ class _Training:
                 f"batch_size {config.batch_size} x {self.replicas} (processes x "
                 "accumulation_steps); use a smaller --batch-size, or more rows"
             )
-        # The same weights on all processes: they draw from the same generator.
-        torch.manual_seed(config.seed)
-        self.vae, origin = build_vae(config.model, source=config.ckpt_path)
-        self.vae.to(world.device).train()
-        prepare(self.vae, config)
-        self.judge: NLayerDiscriminator | None = None
-        if config.discriminator is not None:
-            self.judge = build_discriminator(config.discriminator).to(world.device).train()
-            _check_size(self.judge, frames, height, width)
-        perceptual = None
-        if config.needs_perceptual:
-            perceptual = LPIPS.from_files(config.lpips_path or ()).to(world.device)
-        self.objective = VAEObjective(config, self.vae, self.judge, perceptual)
-        self.modules: dict[str, nn.Module] = {"vae": self.vae, "lecam": self.objective.lecam}
-        if self.judge is not None:
-            self.modules["discriminator"] = self.judge
-        self.optimizers: dict[str, Optimizer] = {
-            name: build_optimizer(
-                [(n, p) for n, p in self.modules[name].named_parameters() if p.requires_grad],
-                lr=config.lr,
-                eps=config.adam_eps,
-                weight_decay=config.weight_decay,
-            )
-            for name in ("vae", "discriminator")
-            if name in self.modules
-        }
-        self.ema: EMA | None = None
-        if config.ema_decay is not None:
-            self.ema = EMA({"vae": self.vae}, config.ema_decay, trained_only=True)
-        self.schedule = Schedule(warmup=config.warmup_steps or 0)
-        self.clip = GradientClip(config.grad_clip)
+        self.learner = VAELearner(config, world.device)
         self.folder = self._choose_folder()
         self.loader = Loader(
             dataset,
@@ -151,15 +116,19 @@ class _Training:
         )
         self.progress = Progress(batch_size=config.batch_size)
         self.saved: int | None = None
-        trained = sum(p.numel() for p in self.vae.parameters() if p.requires_grad)
+        self.state = self.learner.modules, self.learner.optimizers, self.learner.ema
+        tokens, high, wide = self.learner.vae.get_latent_size((frames, height, width))
+        self._latents = (tokens or 0) * high * wide
+        sizes = [(p.numel(), p.requires_grad) for p in self.learner.vae.parameters()]
         self._say(
-            f"{origin}: {trained:,} of {sum(p.numel() for p in self.vae.parameters()):,} "
-            f"parameters learn, {self.steps} steps, {self.folder}"
+            f"{self.learner.origin}: {sum(size for size, learns in sizes if learns):,} of "
+            f"{sum(size for size, _ in sizes):,} parameters learn, "
+            f"{self.steps} steps, {self.folder}"
         )
 
     def run(self) -> Path:
         """Train to the end of the last epoch; returns the folder of the trained VAE."""
-        config, progress = self.config, self.progress
+        config = self.config
         with Checkpointer(
             self.folder,
             rank=self.world.rank,
@@ -169,51 +138,57 @@ class _Training:
         ) as checkpointer:
             if config.load is not None:
                 self._resume(checkpointer, config.load)
-                progress = self.progress
-            for batches in self._steps(progress.batch):
-                stop_if_requested()
-                verdict = self._step(batches)
-                last = batches[-1]
-                progress.batch = (last.number // self.replicas + 1) * self.replicas
-                if verdict is Verdict.REWIND:
-                    self._rewind(checkpointer)
-                elif verdict is Verdict.OK:
-                    progress.global_step += 1
-                    per_epoch = self.steps // config.epochs
-                    progress.epoch = progress.batch // self.replicas // per_epoch
-                    progress.step = progress.batch // self.replicas % per_epoch
-                    if config.ckpt_every and progress.global_step % config.ckpt_every == 0:
-                        self._save(checkpointer)
-            if self.saved != progress.global_step:
-                self._save(checkpointer)
+            metrics = self._open_metrics()
+            try:
+                for batches in self._steps(metrics):
+                    stop_if_requested()
+                    self._count(self._step(batches, metrics), batches[-1].number, checkpointer)
+                    if self._is_due():
+                        with metrics.paused():
+                            self._save(checkpointer)
+                if self.saved != self.progress.global_step:
+                    self._save(checkpointer)
+            finally:
+                metrics.close()
         return self._export()
 
-    def _steps(self, first: int) -> Iterator[list[Batch]]:
+    def _steps(self, metrics: Metrics) -> Iterator[list[Batch]]:
         """Yield the batches that this process takes in every step."""
-        batches = self.loader.batches(first)
-        while step := list(islice(batches, self.config.accumulation_steps)):
+        batches = self.loader.batches(self.progress.batch)
+        while True:
+            with metrics.waiting():
+                step = list(islice(batches, self.config.accumulation_steps))
+            if not step:
+                return
             yield step
 
-    def _step(self, batches: list[Batch]) -> Verdict:
+    def _count(self, verdict: Verdict, number: int, checkpointer: Checkpointer) -> None:
+        """Move the counters behind a step whose last batch had this number."""
+        progress, per_epoch = self.progress, self.steps // self.config.epochs
+        taken = number // self.replicas + 1
+        progress.batch = taken * self.replicas
+        progress.epoch, progress.step = divmod(taken, per_epoch)
+        if verdict is Verdict.OK:
+            progress.global_step += 1
+        elif verdict is Verdict.REWIND:
+            # To the weights of the last good checkpoint; on with the next batch.
+            found = checkpointer.load("latest", *self.state)
+            if found is None:
+                raise NonFiniteError(
+                    f"{self.watchdog.patience} bad steps in a row and no checkpoint to return to; "
+                    f"the samples are in {self.watchdog.path}. Try a lower --lr, or --dtype fp32"
+                )
+            progress.global_step = self.saved = found.global_step
+
+    def _is_due(self) -> bool:
+        step, every = self.progress.global_step, self.config.ckpt_every
+        return every > 0 and step > 0 and step % every == 0 and step != self.saved
+
+    def _step(self, batches: list[Batch], metrics: Metrics) -> Verdict:
         """Take one optimizer step, unless it is bad."""
-        config, number = self.config, self.progress.global_step
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        told = []
-        for batch in batches:
-            if batch.video is None:
-                continue  # no row of it could be read; the quarantine file says why
-            # All that is random in a batch comes from the seed and the batch's number.
-            torch.manual_seed(config.seed * 1_000_003 + batch.number)
-            video = shorten(batch.video.to(self.world.device), config, batch.number)
-            told.append(self.objective.backward(video, number))
-        means, counts = self._average(told)
-        norms = []
-        for name, optimizer in self.optimizers.items():
-            count = counts["disc" if name == "discriminator" else "loss"]
-            average_gradients(optimizer, count)
-            clipped = self.clip(p for group in optimizer.param_groups for p in group["params"])
-            norms.append(clipped.before)
+        number = self.progress.global_step
+        told = self.learner.backward(batches, number)
+        means, norms = self.learner.average(told)
         verdict = self.watchdog.check(
             [values[name] for values in told for name in ("loss", "disc") if name in values],
             max(norms),
@@ -222,37 +197,37 @@ class _Training:
             details={"batches": [batch.number for batch in batches]},
         )
         if verdict is Verdict.OK:
-            for optimizer in self.optimizers.values():
-                self.schedule.set(optimizer, number)
-                optimizer.step()
-            if "logit_real" in means:
-                self.objective.lecam.update(means["logit_real"], means["logit_fake"])
-            if self.ema is not None:
-                self.ema.update()
-            self._log(number + 1, {**means, "norm": norms[0]})
+            rate = self.learner.update(means, number)
+            metrics.step(
+                number,
+                means.pop("loss", math.nan),
+                grad_norm=norms[0],
+                lr=rate,
+                tokens=self._latents * sum(len(batch) for batch in batches),
+                bucket=batches[0].bucket,
+                values=means,
+            )
         return verdict
 
-    def _average(self, told: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, int]]:
-        """Return means of what batches of all processes reported, and how many reported it."""
-        sums = torch.zeros(2, len(REPORTED), dtype=torch.float64)
-        for values in told:
-            for index, name in enumerate(REPORTED):
-                if name in values:
-                    sums[:, index] += torch.tensor([values[name], 1.0], dtype=torch.float64)
-        sums = all_reduce(sums, "losses")
-        counts = dict(zip(REPORTED, sums[1].int().tolist(), strict=True))
-        means = dict(zip(REPORTED, (sums[0] / sums[1]).tolist(), strict=True))
-        return {name: value for name, value in means.items() if counts[name]}, counts
-
-    def _log(self, step: int, values: dict[str, float]) -> None:
-        """Record a step, and print it every `log_every` steps."""
-        if not self.world.is_main:
-            return
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if step % self.config.log_every == 0 or step == self.steps:
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            print(f"step {step}/{self.steps}  {shown}", flush=True)
+    def _open_metrics(self) -> Metrics:
+        config, world, first = self.config, self.world, self.progress.global_step
+        names = [name for name in ("tensorboard", "wandb") if getattr(config, name)]
+        return Metrics(
+            self.folder,
+            self.steps,
+            log_every=config.log_every,
+            first_step=first,
+            rank=world.rank,
+            devices=world.size,
+            sum_ranks=lambda own: all_reduce(own, "metrics"),
+            device=world.device,
+            trackers=open_trackers(
+                names if world.is_main else [],
+                self.folder,
+                config=dataclasses.asdict(config),
+                first_step=first,
+            ),
+        )
 
     def _choose_folder(self) -> Path:
         """Return the run's folder: that of the checkpoint to go on from, or a new one."""
@@ -275,44 +250,32 @@ class _Training:
         return Path(broadcast_object(choose() if self.world.is_main else "", "the run's folder"))
 
     def _resume(self, checkpointer: Checkpointer, which: str) -> None:
-        found = checkpointer.load(which, self.modules, self.optimizers, self.ema)
+        found = checkpointer.load(which, *self.state)
         if found is None:
             self._say(f"{self.config.outputs} holds no checkpoint yet; training from the start")
             return
         self.progress = found
         self.watchdog.load_state_dict(found.extra["watchdog"])
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["initial_lr"] = self.config.lr
         self._say(f"resumed at step {found.global_step}, batch {found.batch}")
-
-    def _rewind(self, checkpointer: Checkpointer) -> None:
-        """Return to the weights of the last good checkpoint and go on with the next batch."""
-        found = checkpointer.load("latest", self.modules, self.optimizers, self.ema)
-        if found is None:
-            raise NonFiniteError(
-                f"{self.watchdog.patience} bad steps in a row and no checkpoint to return to; the "
-                f"samples are in {self.watchdog.path}. Try a lower --lr, or --dtype fp32"
-            )
-        self.progress.global_step = found.global_step
 
     def _save(self, checkpointer: Checkpointer) -> None:
         if self.watchdog.in_row == 0:
             self.progress.extra = {"watchdog": self.watchdog.state_dict()}
-            checkpointer.save(self.progress, self.modules, self.optimizers, self.ema)
+            checkpointer.save(self.progress, *self.state)
             self.saved = self.progress.global_step
 
     def _export(self) -> Path:
         """Write the VAE, its averages if there are any, and the discriminator."""
         folder = self.folder / TRAINED
-        if self.ema is not None:
-            self.ema.swap()
+        if self.learner.ema is not None:
+            self.learner.ema.swap()
         if self.world.is_main:
-            # `cal_loss` is for training; what is saved shall encode to normalised latents.
-            self.vae.config = dataclasses.replace(self.vae.config, cal_loss=False)
-            save_model(self.vae, folder)
-            if self.judge is not None:
-                tensors = {k: v.cpu().contiguous() for k, v in self.judge.state_dict().items()}
+            write_loss_plot(self.folder)
+            save_model(self.learner.vae, folder)
+            if self.learner.judge is not None:
+                tensors = {
+                    k: v.cpu().contiguous() for k, v in self.learner.judge.state_dict().items()
+                }
                 with atomic(self.folder / "discriminator.safetensors") as partial:
                     save_file(tensors, partial)
         barrier("the end")
@@ -332,12 +295,6 @@ def _dataset_settings(
     if config.data_path is not None:
         settings["data_path"] = config.data_path
     return settings
-
-
-def _check_size(judge: NLayerDiscriminator, frames: int, height: int, width: int) -> None:
-    """Refuse clips of which the discriminator could never judge one."""
-    with torch.device("meta"):
-        judge.require(torch.empty(1, 3, frames, height, width))
 
 
 def main(argv: Sequence[str] | None = None, program: str = "train_vae.py") -> int:

@@ -105,6 +105,8 @@ def _read_ours(folder: Path, ema: bool | None) -> Weights:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, place in names.items():
         part, _, key = name.partition(".")
+        if part.startswith("_"):
+            continue  # of use to training alone: discriminators
         # Averages are float32; a model in bfloat16 stays one.
         dtype = index.tensors[f"model.{name}"].dtype if f"model.{name}" in index.tensors else None
         parts.setdefault(part, {})[key] = targets[place].to(dtype)

@@ -1,5 +1,6 @@
 """Train a video VAE.
 
+python scripts/train_vae.py configs/vae/train/stage1.py --data-path meta.csv
 python scripts/train_vae.py configs/tiny/train/vae.py
 """
 

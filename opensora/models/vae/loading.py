@@ -104,6 +104,13 @@ def find_trained(source: str) -> str:
     for config in (path / TRAINED / "config.json", *reversed(runs)):
         if config.is_file():
             return str(config.parent)
+    unfinished = sorted(path.glob("[0-9][0-9][0-9]*-*/epoch*-global_step*/index.json"))
+    if unfinished:
+        run = unfinished[-1].parent.parent
+        raise WeightsError(
+            f"{run} has no finished VAE, only checkpoints: go on with --load latest, or write one "
+            f"with `opensora export {run} {run / TRAINED}`"
+        )
     return source
 
 
