@@ -103,11 +103,12 @@ def _build(weights: Weights, part: str, tensors: dict[str, Tensor]) -> nn.Module
         parsed = cls.config_class.from_dict(config)
     with torch.device("meta"):
         model: nn.Module = cls(parsed)
-    _assign(model, weights.source, tensors)
+    _put(model, weights.source, tensors)
     return model
 
 
-def _assign(model: nn.Module, source: str, tensors: dict[str, Tensor]) -> None:
+def _put(model: nn.Module, source: str, tensors: dict[str, Tensor]) -> None:
+    """Give a model its weights, in their dtype; ones on the meta device are replaced."""
     apply_renamings(model, tensors)
     wanted, given = shapes_of(model.state_dict()), shapes_of(tensors)
     if wanted != given:
@@ -115,7 +116,10 @@ def _assign(model: nn.Module, source: str, tensors: dict[str, Tensor]) -> None:
             f"{source}: the weights do not fit {type(model).__name__}: "
             f"{describe_mismatch(wanted, given)}"
         )
-    model.load_state_dict(tensors, assign=True)
+    first = next(model.parameters())
+    # Replacing would untie weights that go by two names.
+    model.to(next(iter(tensors.values())).dtype)
+    model.load_state_dict(tensors, assign=first.is_meta)
 
 
 def _export_pipeline(weights: Weights, out: Path, pipeline: str) -> None:
@@ -129,7 +133,7 @@ def _export_pipeline(weights: Weights, out: Path, pipeline: str) -> None:
         if name != "text_encoder":
             setattr(pipe, name, _build(weights, part, tensors))
         else:
-            _assign(pipe.text_encoder.model, weights.source, tensors)
+            _put(pipe.text_encoder.model, weights.source, tensors)
     # Built anew: the parts are checked against each other.
     OpenSoraPipeline(**pipe.components, defaults=pipe.defaults).save_pretrained(out)
 

@@ -27,7 +27,7 @@ log = logging.getLogger("opensora")
 
 _SUFFIXES = (".safetensors", *PICKLES)
 _INDEXES = (".safetensors.index.json", ".bin.index.json")
-_NUMBERED = re.compile(r"(.+-)(\d{5})(?:-of-(\d{5}))?(\.\w+)")
+_NUMBERED = re.compile(r"(.+?-)(\d{5})(?:-of-(\d{5}))?(\.\w+)")
 _PARTS = ("transformer", "vae")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -104,10 +104,11 @@ def locate(source: str | os.PathLike[str], subfolder: str | None = None) -> Weig
         raise WeightsError(
             f"{shown} is a training checkpoint; make a model of it: opensora export {shown} OUT"
         )
-    files = _weights_in(path)
-    if not files and (path / "model").is_dir():
+    if (path / "model").is_dir() and not config.is_file():
+        # A training run's folder; the averages beside it (ema.pt) are not the whole model.
         config, files = path / "model" / "config.json", _weights_in(path / "model")
         return WeightFiles(shown, _some(files, path), config if config.is_file() else None, True)
+    files = _weights_in(path)
     if not config.is_file():
         if (path / "model_index.json").is_file():
             parts = [part for part in _PARTS if (path / part).is_dir()]

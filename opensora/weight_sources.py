@@ -111,11 +111,14 @@ def _read_ours(folder: Path, ema: bool | None) -> Weights:
         dtype = index.tensors[f"model.{name}"].dtype if f"model.{name}" in index.tensors else None
         parts.setdefault(part, {})[key] = targets[place].to(dtype)
     kinds = {name: row for name, row in states.get("modules", {}).items() if name in parts}
+    for name, row in kinds.items():
+        for other, first in row["ties"].items():
+            parts[name][other] = parts[name][first].clone()
     return Weights(
         os.fspath(folder),
         parts,
-        {name: row["family"] for name, row in kinds.items() if row.get("family")},
-        {name: row["config"] for name, row in kinds.items() if row.get("config")},
+        {name: row["family"] for name, row in kinds.items() if row["family"]},
+        {name: row["config"] for name, row in kinds.items() if row["config"]},
         averaged,
         states.get("global_step"),
     )

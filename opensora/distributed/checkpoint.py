@@ -231,8 +231,8 @@ class Checkpointer:
     def _next_serial(self) -> int:
         """Return one more than the highest serial number in the folder; rank 0's is written."""
         if self.rank != 0:
-            return -1
-        return max((saved.serial for saved in folders.checkpoints(self.folder)), default=0) + 1
+            return 0
+        return 1 + max((saved.serial or 0 for saved in folders.checkpoints(self.folder)), default=0)
 
     def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy this rank's parts of the tensors into buffers on the CPU that are used again."""
@@ -295,7 +295,8 @@ class Checkpointer:
         if self.keep_last is None:
             return
         try:
-            for saved in folders.checkpoints(self.folder)[: -self.keep_last]:
+            whole = [s for s in folders.checkpoints(self.folder) if s.serial is not None]
+            for saved in whole[: -self.keep_last]:
                 for_good = self.keep_every is not None and saved.step % self.keep_every == 0
                 if not for_good and saved.folder != newest and not folders.remove(saved.folder):
                     log.info("%s is being read: kept until the next checkpoint", saved.folder)

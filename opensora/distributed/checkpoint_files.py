@@ -37,6 +37,7 @@ from torch.futures import Future
 from opensora.distributed.run_folders import (
     INDEX,
     STATES,
+    is_ours,
     partial_name,
     put_in_place,
     remove_files,
@@ -158,6 +159,10 @@ class SafetensorsWriter(StorageWriter):
         """Make the hidden folder; only the coordinator comes here, before anyone writes."""
         self._world_size = len(plans)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.folder.exists() and not is_ours(self.folder):
+            raise FileExistsError(
+                errno.EEXIST, "a folder that opensora did not make has its name", self.folder
+            )
         remove_files(self.partial)
         self.partial.mkdir(exist_ok=True)
         return plans

@@ -143,6 +143,13 @@ def read(
         ) from error
     generators = {key: value for key, value in targets.items() if key.startswith(rng)}
     parts.restore_generators(rank, generators)
+    if not generators:
+        log.warning(
+            "%s is of %d processes: process %d keeps its own random state",
+            folder,
+            index.world_size,
+            rank,
+        )
     return progress
 
 

@@ -81,11 +81,12 @@ class Saved:
         step: optimizer steps taken, from its name.
         serial: how many checkpoints the run had saved with it. A run that goes back to an earlier
             step saves smaller steps later, so the serial number, not the step, tells the newest.
+            None if the folder is too damaged to say.
     """
 
     folder: Path
     step: int
-    serial: int
+    serial: int | None
 
 
 def checkpoint_name(epoch: int, global_step: int) -> str:
@@ -99,17 +100,20 @@ def partial_name(name: str) -> str:
 
 
 def checkpoints(run: Path) -> list[Saved]:
-    """List a run's checkpoints, the newest last; folders that we did not make are left out."""
+    """List a run's checkpoints, the newest last; folders that we did not make are left out.
+
+    Those of unknown age come last of all, so that who looks for the newest meets and reports them.
+    """
     found = []
     for folder in run.iterdir() if run.is_dir() else ():
         match = _CHECKPOINT.fullmatch(folder.name)
         if match and is_ours(folder):
             try:
-                serial = int(read_json(folder / STATES)["serial"])
+                serial: int | None = int(read_json(folder / STATES)["serial"])
             except (WeightsError, KeyError, TypeError, ValueError):
-                serial = -1  # damaged: what reads it next will say so
+                serial = None
             found.append(Saved(folder, int(match[1]), serial))
-    return sorted(found, key=lambda saved: (saved.serial, saved.step))
+    return sorted(found, key=lambda saved: (saved.serial is None, saved.serial or 0, saved.step))
 
 
 def is_ours(folder: Path) -> bool:

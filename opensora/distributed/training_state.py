@@ -41,21 +41,38 @@ class Averages(Protocol):
 
 
 def model_tensors(modules: Mapping[str, nn.Module]) -> Tensors:
-    """Return the live weights and buffers, without what compile and checkpoint wrappers add."""
-    return {
-        f"model.{name}.{key}": value
-        for name, module in modules.items()
-        for key, value in (get_model_state_dict(module).items() if _has_state(module) else ())
-        if isinstance(value, Tensor)
-    }
+    """Return the live weights and buffers, without what compile and checkpoint wrappers add.
+
+    A weight that goes by two names (T5's embedding) is there by the first.
+    """
+    found: Tensors = {}
+    for name, module in modules.items():
+        if not module.state_dict():
+            continue  # get_model_state_dict refuses it
+        other_names = ties(module)
+        for key, value in get_model_state_dict(module).items():
+            if isinstance(value, Tensor) and key not in other_names:
+                found[f"model.{name}.{key}"] = value
+    return found
 
 
-def _has_state(module: nn.Module) -> bool:
-    return next(iter(module.state_dict()), None) is not None
+def ties(module: nn.Module) -> dict[str, str]:
+    """Return the further names of weights that go by several -> their first name."""
+    first: dict[Tensor, str] = {}
+    others: dict[str, str] = {}
+    for key, parameter in module.named_parameters(remove_duplicate=False):
+        plain = _plain(key)
+        if first.setdefault(parameter, plain) != plain:
+            others[plain] = first[parameter]
+    return others
+
+
+def _plain(name: str) -> str:
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def describe_modules(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
-    """Return what exporting needs to know of each module: its family and config, if it has them."""
+    """Return what exporting needs to know of each module: family, config, ties, as it has them."""
     found = {}
     for name, module in modules.items():
         to_dict = getattr(getattr(module, "config", None), "to_dict", None)
@@ -63,6 +80,7 @@ def describe_modules(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, An
         found[name] = {
             "family": getattr(module, "family", None),
             "config": config if _is_json(config) else None,
+            "ties": ties(module),
         }
     return found
 
@@ -72,8 +90,7 @@ def parameter_names(modules: Mapping[str, nn.Module]) -> dict[Tensor, str]:
     names: dict[Tensor, str] = {}
     for name, module in modules.items():
         for key, parameter in module.named_parameters():
-            plain = key.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-            names.setdefault(parameter, f"{name}.{plain}")
+            names.setdefault(parameter, f"{name}.{_plain(key)}")
     return names
 
 
