@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from opensora.checkpoint import weights_digest
+from opensora.config_file import suggest
 from opensora.data.batch import Batch, Dataset
 from opensora.data.loader import Loader
 from opensora.data.masks import MaskGenerator
@@ -24,16 +26,19 @@ from opensora.distributed.mesh import World
 from opensora.distributed.run_folders import find_run, new_run_folder
 from opensora.errors import UsageError
 from opensora.export import export
+from opensora.lora import add_lora, save_lora
 from opensora.models.stdit.parallelize import freeze, parallelize
 from opensora.pipeline import OpenSoraPipeline
 from opensora.pipeline_folder import pipeline_folder
 from opensora.schedulers.rflow import RFlow
 from opensora.train_config import TrainConfig
+from opensora.training import dry_run
 from opensora.training.clip import AdaptiveClip, GradientClip
 from opensora.training.data import (
     dataset_of,
     sampler_of,
 )
+from opensora.training.dry_run import StepTimer, fitted_buckets, try_buckets
 from opensora.training.ema import EMA
 from opensora.training.flops import peak_flops, training_flops
 from opensora.training.hooks import hooks_of
@@ -65,8 +70,12 @@ class Run:
         self._encode(self.dataset, models, "latents")
         freezing = {key: bool((config.model or {}).get(key, False)) for key in FREEZING}
         freeze(models.transformer, **freezing)
+        if config.lora:
+            add_lora(models.transformer, **_known(config.lora, add_lora, "lora"))
         modules = self._parallelize(models)
         trainer = self._trainer(models, modules)
+        if config.dry_run:
+            return self._dry_run(trainer, models)
         if config.load is not None and not config.start_from_scratch:
             trainer.resume(self._checkpoint())
         trainer.metrics = self._metrics(trainer.progress.global_step)
@@ -89,6 +98,21 @@ class Run:
         self._export(models, modules, trainer.ema)
         return self.folder
 
+    def _dry_run(self, trainer: Trainer, models: Models) -> Path:
+        """Try a step of every bucket and print what fits."""
+        timer = StepTimer(trainer, models)
+        with trainer.checkpointer:
+            found = try_buckets(timer, self.sampler)
+        if self.world.is_main:
+            print(dry_run.table(found, timer.peaks))
+            small = [size for size, (wanted, one) in found.items() if one.batch_size < wanted]
+            if small and self.config.bucket_config:
+                fitted = fitted_buckets(self.config.bucket_config, found, self.sampler)
+                print(f"these batch sizes fit:\nbucket_config = {fitted!r}")
+            elif not small:
+                print("every bucket fits")
+        return self.folder
+
     def _folder(self) -> Path:
         """Return the run's folder, new or the one that is gone on with."""
         config, outputs = self.config, Path(self.config.outputs)
@@ -104,6 +128,8 @@ class Run:
                 if not given.is_dir():
                     raise UsageError(f"--load {given}: no such folder; give a run or a checkpoint")
                 return given if not (given / "running_states.json").is_file() else given.parent
+            if config.dry_run:
+                return outputs
             folder = new_run_folder(outputs, str((config.model or {}).get("type", "STDiT3")))
             settings = json.dumps(dataclasses.asdict(config), indent=1, default=str)
             (folder / "config.json").write_text(settings + "\n", "utf-8")
@@ -150,7 +176,8 @@ class Run:
         config, world = self.config, self.world
         named = [(f"{n}.{k}", p) for n, m in modules.items() for k, p in m.named_parameters()]
         settings = {"lr": config.lr, "eps": config.adam_eps, "weight_decay": config.weight_decay}
-        optimizer = build_optimizer(named, **{**settings, **(config.optimizer or {})})
+        given = _known(config.optimizer or {}, build_optimizer, "optimizer")
+        optimizer = build_optimizer(named, **{**settings, **given})
         loader = Loader(
             self.dataset,
             self.sampler,
@@ -228,6 +255,12 @@ class Run:
 
     def _export(self, models: Models, modules: dict[str, nn.Module], ema: EMA) -> None:
         """Write the averaged weights: of the transformer, or a pipeline if more was trained."""
+        if self.config.lora:
+            with ema.swap():
+                save_lora(models.transformer, self.folder / "lora")
+            if self.world.is_main:
+                print(f"saved {self.folder / 'lora'}", flush=True)
+            return
         if "text_encoder" not in modules:
             if self.world.is_main:
                 export(self.folder, self.folder / "transformer")
@@ -277,6 +310,21 @@ def masks_of(config: TrainConfig) -> Masks | None:
     if not config.mask_ratios:
         return None
     return MaskGenerator(config.mask_ratios).masks
+
+
+def _known(section: Mapping[str, Any], function: Any, name: str) -> dict[str, Any]:
+    """Return a section whose keys are arguments of a function that has defaults for them."""
+    known = [
+        key
+        for key, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    ]
+    for key in section:
+        if key not in known:
+            raise UsageError(
+                f"{name}: unknown key {key!r}{suggest(str(key), known)} (known: {', '.join(known)})"
+            )
+    return dict(section)
 
 
 def _digest(section: Mapping[str, Any] | None, subfolder: str) -> str | None:

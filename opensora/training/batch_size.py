@@ -132,7 +132,7 @@ class BucketSearch:
         for (resolution, frames), result in self.found.items():
             time = "does not fit" if math.isnan(result.seconds) else f"{result.seconds:.2f} s"
             lines.append(f"{resolution:>10}  {frames:>6}  {result.batch_size:>10}  {time:>9}")
-        return "\\n".join(lines)
+        return "\n".join(lines)
 
 
 def search_buckets(
