@@ -85,7 +85,8 @@ def _read_ours(folder: Path, ema: bool | None) -> Weights:
     """Read a checkpoint of `opensora.distributed.checkpoint`, all ranks' parts put together."""
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    from opensora.distributed.checkpoint_files import SafetensorsReader, read_index
+    from opensora.distributed.checkpoint_files import SafetensorsReader
+    from opensora.distributed.checkpoint_index import read_index
     from opensora.distributed.run_folders import reading
 
     index, states = read_index(folder), read_json(folder / _STATES)

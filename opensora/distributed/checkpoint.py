@@ -13,21 +13,20 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from datetime import timedelta
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as save_planned
 from torch.optim import Optimizer
 
 from opensora.distributed import run_folders as folders
 from opensora.distributed import training_state as parts
+from opensora.distributed.agreement import Ranks, first_failure
 from opensora.distributed.checkpoint_files import SafetensorsWriter, StagedPlanner
 from opensora.distributed.checkpoint_loading import Progress, choose, read
 from opensora.errors import DoesNotFitError, OpenSoraError, UsageError
@@ -78,13 +77,11 @@ class Checkpointer:
                 )
         self.folder, self.rank, self.world_size = Path(folder), rank, world_size
         self.keep_last, self.keep_every = keep_last, keep_every
-        self._group = process_group
-        if world_size > 1 and process_group is None:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+        self._ranks = Ranks(rank, world_size, process_group)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._buffers: dict[str, Tensor] = {}
-        self._on_rank_0(self._prepare_folder)
+        self._ranks.on_first(self._prepare_folder)
 
     def save(
         self,
@@ -210,12 +207,12 @@ class Checkpointer:
         self.wait()
         if which is None:
             return None
-        chosen = self._on_rank_0(lambda: choose(self.folder, which))
+        chosen = self._ranks.on_first(lambda: choose(self.folder, which))
         if chosen is None:
             return None
         started = time.monotonic()
         named = _by_name(optimizers) if optimizers is not None else {}
-        progress = self._on_all_ranks(lambda: read(chosen, self.rank, modules, named, ema))
+        progress = self._ranks.on_all(lambda: read(chosen, self.rank, modules, named, ema))
         if self.rank == 0:
             seconds = time.monotonic() - started
             log.info("resumed from %s, step %d (%.1f s)", chosen, progress.global_step, seconds)
@@ -265,7 +262,7 @@ class Checkpointer:
                 dict(tensors),
                 storage_writer=writer,
                 planner=StagedPlanner(staged),
-                process_group=self._group,
+                process_group=self._ranks.group,
                 no_dist=self.world_size == 1,
             )
         except BaseException as error:
@@ -283,8 +280,7 @@ class Checkpointer:
                 folders.remove_files(writer.partial)
             except OSError as left:
                 log.warning("cannot remove %s: %s", writer.partial, left)
-        if isinstance(error, CheckpointException) and error.failures:
-            error = next(iter(error.failures.values()))[0]
+        error = first_failure(error)
         good = folders.checkpoints(self.folder)
         if isinstance(error, OSError):
             return _explain(writer.folder, error, good[-1].folder if good else None)
@@ -303,43 +299,9 @@ class Checkpointer:
         except OSError as error:
             log.warning("cannot remove old checkpoints of %s: %s", self.folder, error)
 
-    def _on_rank_0(self, action: Callable[[], T]) -> T:
-        """Return on all ranks what rank 0 found, or raise its error on all."""
-        results = [_attempt(action) if self.rank == 0 else (None, None)]
-        if self.world_size > 1:
-            source = dist.get_global_rank(self._group, 0) if self._group is not None else 0
-            dist.broadcast_object_list(results, source, group=self._group)
-        return _first(results)
-
-    def _on_all_ranks(self, action: Callable[[], T]) -> T:
-        """Return what this rank found, or raise on all ranks the first error of any."""
-        mine = _attempt(action)
-        results = [mine]
-        if self.world_size > 1:
-            results = [(None, None)] * self.world_size
-            dist.all_gather_object(results, (None, mine[1]), group=self._group)
-        return _first([mine, *results])
-
 
 def _by_name(optimizers: Optimizer | Mapping[str, Optimizer]) -> Mapping[str, Optimizer]:
     return {"main": optimizers} if isinstance(optimizers, Optimizer) else optimizers
-
-
-def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return action(), None
-    except CheckpointException as error:  # a BaseException
-        inner = next(iter(error.failures.values()))[0] if error.failures else error
-        return None, inner if isinstance(inner, Exception) else RuntimeError(str(error))
-    except Exception as error:
-        return None, error
-
-
-def _first(results: list[tuple[T | None, Exception | None]]) -> T:
-    for _, error in results:
-        if error is not None:
-            raise error
-    return cast(T, results[0][0])
 
 
 def _explain(folder: Path, error: OSError, good: Path | None) -> OpenSoraError:

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from opensora.checkpoint import describe_mismatch
 from opensora.distributed import run_folders as folders
 from opensora.distributed import training_state as parts
-from opensora.distributed.checkpoint_files import Index, SafetensorsReader, read_index
+from opensora.distributed.checkpoint_files import SafetensorsReader
+from opensora.distributed.checkpoint_index import Index, read_index
 from opensora.errors import WeightsError
 from opensora.weight_files import read_json
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from opensora.distributed.checkpoint_files import Index
+from opensora.distributed.checkpoint_index import Index
 
 log = logging.getLogger("opensora")
 Tensors = dict[str, Tensor]

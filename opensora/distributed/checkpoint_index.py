@@ -1,0 +1,95 @@
+"""Read what a checkpoint's index.json says, and check the files against it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from opensora.distributed.run_folders import INDEX, STATES
+from opensora.errors import WeightsError
+from opensora.weight_files import read_json
+
+FORMAT = "opensora-checkpoint-1"
+
+_SHARD = re.compile(r"\d{5}\.safetensors")
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype)
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a tensor in one file.
+
+    Attributes:
+        file: name in the checkpoint folder.
+        offsets, sizes: of the box, one integer a dimension.
+    """
+
+    file: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A whole tensor: its type, shape, and the pieces that cover it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """What index.json says: tensors by name, and the bytes of every file."""
+
+    world_size: int
+    tensors: dict[str, Stored]
+    files: dict[str, int]
+
+
+def read_index(folder: Path) -> Index:
+    """Read index.json and check that every file it names has the length it says.
+
+    Raises:
+        WeightsError: a file is missing, cut short or no file of ours; the checkpoint is damaged.
+    """
+    data = read_json(folder / INDEX)
+    if data.get("format") != FORMAT:
+        raise WeightsError(
+            f"{folder / INDEX} is of format {data.get('format')!r}, not {FORMAT!r}; this version "
+            "of opensora cannot read it"
+        )
+    try:
+        files = {str(name): int(size) for name, size in data["files"].items()}
+        tensors = {
+            str(name): Stored(
+                _DTYPES[row["dtype"]],
+                tuple(map(int, row["shape"])),
+                tuple(
+                    Piece(str(file), tuple(map(int, offsets)), tuple(map(int, sizes)))
+                    for file, offsets, sizes in row["pieces"]
+                ),
+            )
+            for name, row in data["tensors"].items()
+        }
+        index = Index(int(data["world_size"]), tensors, files)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{folder / INDEX} is damaged ({error!r})") from error
+    wrong = [name for name in files if name != STATES and not _SHARD.fullmatch(name)]
+    stray = {piece.file for row in tensors.values() for piece in row.pieces} - files.keys()
+    if wrong or stray:
+        raise WeightsError(f"{folder / INDEX} names {[*wrong, *stray][0]!r}, which is no shard")
+    for name, size in files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise WeightsError(f"{folder} is damaged: {name} {state}")
+    return index
