@@ -1,12 +1,13 @@
-"""opensora export CHECKPOINT OUT [--ema | --no-ema] [--pipeline FOLDER] [--dtype fp32|bf16|fp16].
+"""opensora export CHECKPOINT OUT [--ema | --no-ema] [--part NAME | --pipeline FOLDER]
+[--dtype fp32|bf16|fp16].
 
 Write the weights of a training checkpoint as safetensors that inference loads. CHECKPOINT is a
 checkpoint folder of opensora or of upstream (ColossalAI), or a run's folder, whose newest one is
 taken. Moving averages are exported where there are any, unless --no-ema; --ema insists on them.
 
 OUT becomes a model folder (config.json, model.safetensors). With --pipeline it becomes a whole
-pipeline: the parts that were trained, and all others of that pipeline. A run that trained several
-parts needs --pipeline.
+pipeline: the parts that were trained, and all others of that pipeline. Of a run that trained
+several parts of a pipeline, --part exports one as a model folder.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from opensora.devices import DTYPES
 from opensora.errors import UsageError, WeightsError
 from opensora.files import check_folder
 from opensora.models.families import identify_family
+from opensora.pipeline_folder import PARTS
 from opensora.weight_saving import save_model
 from opensora.weight_sources import Weights, read_weights
 
@@ -42,6 +44,7 @@ def export(
     out: str | os.PathLike[str],
     *,
     ema: bool | None = None,
+    part: str | None = None,
     pipeline: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Weights:
@@ -51,6 +54,7 @@ def export(
         source: checkpoint or run folder, ours or upstream's; any other source of weights too.
         out: folder to write; a model that is there stays until the new one is complete.
         ema: export moving averages; None does if there are any.
+        part: name of the model to export, of a run that trained several.
         pipeline: pipeline whose other parts are taken: "tiny", a folder.
         dtype: of floating weights; None keeps each as stored.
 
@@ -59,29 +63,38 @@ def export(
 
     Raises:
         WeightsError: the checkpoint cannot be read, or its parts do not fit the pipeline.
-        UsageError: `out` cannot be written, or the parts need `pipeline`.
+        UsageError: `out` cannot be written, or the run has several parts and none is named.
         DoesNotFitError: no space is left.
     """
     out = Path(out)
     weights = read_weights(source, ema=ema)
     needed = sum(t.nbytes for tensors in weights.parts.values() for t in tensors.values())
     check_folder(out, needed)
-    for part, tensors in weights.parts.items():
+    for owner, tensors in weights.parts.items():
         for name, tensor in tensors.items():
-            check_finite(weights.source, f"{part}.{name}" if part else name, tensor)
+            check_finite(weights.source, f"{owner}.{name}" if owner else name, tensor)
             if dtype is not None and tensor.is_floating_point():
                 tensors[name] = tensor.to(dtype)
     if pipeline is not None:
         _export_pipeline(weights, out, pipeline)
         return weights
-    if len(weights.parts) > 1:
-        raise UsageError(
-            f"{weights.source} holds {', '.join(weights.parts)}: a whole pipeline is exported. "
-            "Name the one that has the other parts, as in --pipeline tiny"
-        )
-    ((part, tensors),) = weights.parts.items()
-    save_model(_build(weights, part, tensors), out)
+    chosen = _choose(weights, part)
+    save_model(_build(weights, chosen, weights.parts[chosen]), out)
     return weights
+
+
+def _choose(weights: Weights, part: str | None) -> str:
+    """Return the name of the part to export; what only training needs (a critic) does not count."""
+    names = list(weights.parts)
+    if part is not None and part not in names:
+        raise UsageError(f"{weights.source} has no part {part!r}; it has {', '.join(names)}")
+    wanted = [name for name in names if name in PARTS] or names
+    if part is None and len(wanted) > 1:
+        raise UsageError(
+            f"{weights.source} holds {', '.join(wanted)}: name one (--part), or the pipeline that "
+            "has the other parts, as in --pipeline tiny"
+        )
+    return part if part is not None else wanted[0]
 
 
 def _build(weights: Weights, part: str, tensors: dict[str, Tensor]) -> nn.Module:
@@ -128,12 +141,10 @@ def _export_pipeline(weights: Weights, out: Path, pipeline: str) -> None:
     pipe = OpenSoraPipeline.from_pretrained(pipeline, device="cpu")
     for part, tensors in weights.parts.items():
         name = part or "transformer"
-        if name not in ("transformer", "vae", "text_encoder"):
-            raise WeightsError(f"{weights.source} holds {name!r}, which is no part of a pipeline")
-        if name != "text_encoder":
-            setattr(pipe, name, _build(weights, part, tensors))
-        else:
+        if name == "text_encoder":
             _put(pipe.text_encoder.model, weights.source, tensors)
+        elif name in PARTS:
+            setattr(pipe, name, _build(weights, part, tensors))
     # Built anew: the parts are checked against each other.
     OpenSoraPipeline(**pipe.components, defaults=pipe.defaults).save_pretrained(out)
 
@@ -155,17 +166,20 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--pipeline", metavar="FOLDER")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--part", metavar="NAME")
+    kind.add_argument("--pipeline", metavar="FOLDER")
     parser.add_argument("--dtype", choices=sorted(DTYPES))
     given = parser.parse_args(words)
     weights = export(
         given.checkpoint,
         given.out,
         ema=given.ema,
+        part=given.part,
         pipeline=given.pipeline,
         dtype=DTYPES.get(given.dtype),
     )
-    kind = "averaged weights" if weights.averaged else "weights"
+    what = "averaged weights" if weights.averaged else "weights"
     at = "" if weights.step is None else f" of step {weights.step}"
-    print(f"wrote {given.out}: {kind}{at} from {weights.source}")
+    print(f"wrote {given.out}: {what}{at} from {weights.source}")
     return 0

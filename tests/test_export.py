@@ -101,6 +101,14 @@ def test_export_without_averages(model: STDiT3, tmp_path: Path) -> None:
         export(tmp_path / "run", tmp_path / "out", ema=True)
 
 
+def test_what_only_training_needs_is_not_exported(model: STDiT3, tmp_path: Path) -> None:
+    save_run(tmp_path / "run", {"transformer": model, "critic": nn.Linear(2, 2)})
+    export(tmp_path / "run", tmp_path / "out", ema=False)
+    assert_state(STDiT3.from_pretrained(tmp_path / "out"), model.state_dict())
+    with pytest.raises(WeightsError, match=r"cannot export critic \(unknown\)"):
+        export(tmp_path / "run", tmp_path / "c", part="critic")
+
+
 def test_training_checkpoint_given_to_inference_says_to_export(ours: Path) -> None:
     with pytest.raises(WeightsError, match=r"opensora export .*epoch0-global_step3 OUT"):
         STDiT3.from_pretrained(ours / "epoch0-global_step3")
@@ -119,6 +127,13 @@ def test_run_of_several_parts_becomes_a_pipeline(pipeline_folder: Path, tmp_path
     encoder = pipe.text_encoder.model.state_dict()
     assert_state(made.text_encoder.model, moved(encoder, 1))
     assert made.defaults == pipe.defaults
+
+    assert (
+        main(["export", str(tmp_path / "run"), str(tmp_path / "m"), "--part", "transformer"]) == 0
+    )
+    assert_state(STDiT3.from_pretrained(tmp_path / "m"), made.transformer.state_dict())
+    with pytest.raises(UsageError, match="has no part 'vae'; it has transformer, text_encoder"):
+        export(tmp_path / "run", tmp_path / "n", part="vae")
 
     started = load_weights(pipe.transformer, tmp_path / "run", ema=True)
     assert started.averaged

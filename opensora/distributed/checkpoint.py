@@ -129,9 +129,8 @@ class Checkpointer:
         for name, optimizer in _by_name(optimizers).items():
             found, values["optimizers"][name] = parts.optimizer_tensors(optimizer, names)
             tensors |= {f"optimizer.{name}.{key}": value for key, value in found.items()}
-        if ema is not None:
-            tensors |= {f"ema.{key}": value for key, value in ema.state.items()}
-            values["ema_updates"] = ema.updates
+        tensors |= parts.average_tensors(ema, modules)
+        values["ema_updates"] = ema.updates if ema is not None else 0
         tensors |= parts.read_generators(self.rank)
         values |= {"world_size": self.world_size, "serial": self._next_serial()}
         staged = self._stage(tensors)

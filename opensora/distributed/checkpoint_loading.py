@@ -105,9 +105,7 @@ def read(
         WeightsError: it is damaged, or of another model.
     """
     index, values = read_index(folder), read_json(folder / folders.STATES)
-    targets = parts.model_tensors(modules)
-    if ema is not None:
-        targets |= {f"ema.{key}": value for key, value in ema.state.items()}
+    targets = parts.model_tensors(modules) | parts.average_tensors(ema, modules)
     names = parts.parameter_names(modules)
     check_names(folder, targets, index, ("model.", *(("ema.",) if ema is not None else ())))
     for name, optimizer in optimizers.items():

@@ -56,6 +56,23 @@ def model_tensors(modules: Mapping[str, nn.Module]) -> Tensors:
     return found
 
 
+def average_tensors(ema: Averages | None, modules: Mapping[str, nn.Module]) -> Tensors:
+    """Return the moving averages, live.
+
+    Raises:
+        ValueError: their names do not begin with names of modules.
+        RuntimeError: weights and averages are swapped at present.
+    """
+    if ema is None:
+        return {}
+    if getattr(ema, "swapped", False):
+        raise RuntimeError("a checkpoint was asked for while the modules hold the averages")
+    stray = [key for key in ema.state if key.partition(".")[0] not in modules]
+    if stray:
+        raise ValueError(f"the average {stray[0]!r} is of none of the modules {list(modules)}")
+    return {f"ema.{key}": value for key, value in ema.state.items()}
+
+
 def ties(module: nn.Module) -> dict[str, str]:
     """Return the further names of weights that go by several -> their first name."""
     first: dict[Tensor, str] = {}

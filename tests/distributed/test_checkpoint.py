@@ -147,6 +147,17 @@ def test_what_cannot_be_stored_is_refused_at_once(tmp_path: Path) -> None:
         saver.save(Progress(extra={"a": [{1}]}), run.modules, run.optimizer)
 
 
+def test_weights_that_are_swapped_with_their_averages_are_not_saved(tmp_path: Path) -> None:
+    run = Run()
+    with Checkpointer(tmp_path) as saver:
+        with run.ema.swap(), pytest.raises(RuntimeError, match="hold the averages"):
+            run.save(saver)
+        run.save(saver)
+        with pytest.raises(ValueError, match="of none of the modules"):
+            saver.save(Progress(), {"other": run.model}, run.optimizer, run.ema)
+    assert steps(tmp_path) == [0]
+
+
 def test_float32_state_of_bfloat16_weights_stays_exact(tmp_path: Path) -> None:
     model = nn.Linear(4, 4).bfloat16()
     optimizer = torch.optim.AdamW(model.parameters())
