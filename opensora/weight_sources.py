@@ -83,11 +83,8 @@ def read_weights(source: str | os.PathLike[str], *, ema: bool | None = None) -> 
 
 def _read_ours(folder: Path, ema: bool | None) -> Weights:
     """Read a checkpoint of `opensora.distributed.checkpoint`, all ranks' parts put together."""
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    from opensora.distributed.checkpoint_files import SafetensorsReader
     from opensora.distributed.checkpoint_index import read_index
-    from opensora.distributed.run_folders import reading
+    from opensora.distributed.checkpoint_loading import fill
 
     index, states = read_index(folder), read_json(folder / _STATES)
     has_averages = any(name.startswith("ema.") for name in index.tensors)
@@ -101,8 +98,7 @@ def _read_ours(folder: Path, ema: bool | None) -> Weights:
                 names[name.removeprefix(prefix)] = name
     stored = {name: index.tensors[name] for name in names.values()}
     targets = {name: torch.empty(row.shape, dtype=row.dtype) for name, row in stored.items()}
-    with reading(folder):
-        load(dict(targets), storage_reader=SafetensorsReader(folder, index), no_dist=True)
+    fill(targets, folder, index)
     parts: dict[str, dict[str, Tensor]] = {}
     for name, place in names.items():
         part, _, key = name.partition(".")

@@ -342,6 +342,15 @@ def test_nothing_fitting_is_an_error_even_without_strict(tmp_path: Path) -> None
         load_weights(other(), tmp_path / "w.pth", strict=False)
 
 
+def test_damaged_shard_is_named(ours: Path, tmp_path: Path) -> None:
+    shard = ours / "epoch0-global_step3/00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[8:40] = b"?" * 32
+    shard.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"is damaged: 00000\.safetensors"):
+        export(ours, tmp_path / "out")
+
+
 def test_values_that_are_no_numbers_are_refused(model: STDiT3, ours: Path, tmp_path: Path) -> None:
     shard = ours / "epoch0-global_step3/00000.safetensors"
     tensors = load_file(shard)

@@ -56,9 +56,6 @@ def first_failure(error: BaseException) -> BaseException:
 def _attempt(action: Callable[[], T]) -> _Outcome[T]:
     try:
         return action(), None
-    except CheckpointException as error:  # a BaseException
-        inner = first_failure(error)
-        return None, inner if isinstance(inner, Exception) else RuntimeError(str(error))
     except Exception as error:
         return None, error
 

@@ -29,11 +29,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+)
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from opensora.distributed.checkpoint_index import FORMAT, Index
+from opensora.distributed.checkpoint_index import FORMAT, Index, Piece
 from opensora.distributed.run_folders import (
     INDEX,
     STATES,
@@ -157,8 +163,8 @@ class SafetensorsReader(StorageReader):
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.folder, self.index = folder, index
-        self._files = {
-            (name, piece.offsets): piece.file
+        self._pieces = {
+            (name, piece.offsets): piece
             for name, stored in index.tensors.items()
             for piece in stored.pieces
         }
@@ -201,15 +207,20 @@ class SafetensorsReader(StorageReader):
         Raises:
             WeightsError: a file is damaged.
         """
-        by_file: dict[str, list[Any]] = {}
+        by_file: dict[str, list[tuple[ReadItem, Piece]]] = {}
         for item in plan.items:
-            offset = tuple(item.storage_index.offset or ())
-            by_file.setdefault(self._files[item.storage_index.fqn, offset], []).append(item)
+            piece = self._pieces[item.storage_index.fqn, tuple(item.storage_index.offset or ())]
+            by_file.setdefault(piece.file, []).append((item, piece))
         for name, items in by_file.items():
             try:
                 with safe_open(self.folder / name, framework="pt") as opened:
-                    for item in items:
+                    for item, piece in items:
                         tensor = opened.get_tensor(item.storage_index.fqn)
+                        if tuple(tensor.shape) != piece.sizes:
+                            raise WeightsError(
+                                f"{self.folder} is damaged: {item.storage_index.fqn} in {name} is "
+                                f"{list(tensor.shape)}, not {list(piece.sizes)}"
+                            )
                         for axis, start in enumerate(item.storage_offsets):
                             tensor = tensor.narrow(axis, start, item.lengths[axis])
                         target = planner.resolve_tensor(item).detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,9 @@ def read_index(folder: Path) -> Index:
         index = Index(int(data["world_size"]), tensors, files)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{folder / INDEX} is damaged ({error!r})") from error
+    for name, row in tensors.items():
+        if not _is_whole(row):
+            raise WeightsError(f"{folder / INDEX} is damaged: pieces of {name} are missing")
     wrong = [name for name in files if name != STATES and not _SHARD.fullmatch(name)]
     stray = {piece.file for row in tensors.values() for piece in row.pieces} - files.keys()
     if wrong or stray:
@@ -93,3 +97,14 @@ def read_index(folder: Path) -> Index:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise WeightsError(f"{folder} is damaged: {name} {state}")
     return index
+
+
+def _is_whole(stored: Stored) -> bool:
+    """Tell whether pieces lie inside the tensor and have as many elements as it."""
+    for piece in stored.pieces:
+        if not len(piece.offsets) == len(piece.sizes) == len(stored.shape):
+            return False
+        ends = [start + size for start, size in zip(piece.offsets, piece.sizes, strict=True)]
+        if any(end > length for end, length in zip(ends, stored.shape, strict=True)):
+            return False
+    return sum(math.prod(piece.sizes) for piece in stored.pieces) == math.prod(stored.shape)

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_planned
 from torch.optim import Optimizer
 
 from opensora.checkpoint import describe_mismatch
 from opensora.distributed import run_folders as folders
 from opensora.distributed import training_state as parts
+from opensora.distributed.agreement import first_failure
 from opensora.distributed.checkpoint_files import SafetensorsReader
 from opensora.distributed.checkpoint_index import Index, read_index
 from opensora.errors import WeightsError
@@ -114,8 +116,7 @@ def read(
     for name, stored in index.tensors.items():
         if name.startswith(("extra.", rng)):
             targets[name] = torch.empty(stored.shape, dtype=stored.dtype)
-    with folders.reading(folder):
-        load_planned(dict(targets), storage_reader=SafetensorsReader(folder, index), no_dist=True)
+    fill(targets, folder, index)
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {
@@ -150,6 +151,20 @@ def read(
             rank,
         )
     return progress
+
+
+def fill(targets: Mapping[str, Tensor], folder: Path, index: Index) -> None:
+    """Read tensors by name, of DTensors this rank's parts; the checkpoint stays meanwhile.
+
+    Raises:
+        WeightsError: a file is damaged.
+    """
+    reader = SafetensorsReader(folder, index)
+    try:
+        with folders.reading(folder):
+            load_planned(dict(targets), storage_reader=reader, no_dist=True)
+    except CheckpointException as error:  # a BaseException
+        raise first_failure(error) from None
 
 
 def check_names(

@@ -302,6 +302,26 @@ def test_damaged_checkpoint_is_reported_and_the_one_before_is_taken(
             run.load(saver)
 
 
+def test_index_with_a_piece_left_out_or_too_big_is_refused(tmp_path: Path) -> None:
+    run = Run()
+    with Checkpointer(tmp_path) as saver:
+        run.save(saver, 1)
+    index = tmp_path / "epoch0-global_step1/index.json"
+    data = json.loads(index.read_text())
+    row = data["tensors"]["model.net.0.weight"]
+    assert row["pieces"] == [["00000.safetensors", [0, 0], [6, 4]]]
+    for shape, pieces, message in (
+        ([6, 4], [], "pieces of model.net.0.weight are missing"),
+        ([6, 4], [["00000.safetensors", [3, 0], [6, 4]]], "are missing"),
+        ([6, 8], [["00000.safetensors", [0, 0], [6, 8]]], "another model"),
+        ([6, 4], [["00000.safetensors", [0, 0], [3, 4]]] * 2, r"is \[6, 4\], not \[3, 4\]"),
+    ):
+        row.update(shape=shape, pieces=pieces)
+        index.write_text(json.dumps(data))
+        with Checkpointer(tmp_path) as saver, pytest.raises(WeightsError, match=message):
+            run.load(saver, index.parent)
+
+
 def test_index_that_points_outside_is_refused(tmp_path: Path) -> None:
     run = Run()
     with Checkpointer(tmp_path / "run") as saver:
