@@ -94,8 +94,9 @@ class AdaptiveClip(GradientClip):
         limit = min(mean + sigmas * sqrt(variance), max_norm)
 
     A norm beyond the limit is learned from as if it were the limit: one outlier hardly moves the
-    statistics, a lasting change by ten is followed within a hundred steps. Norms that are not finite leave
-    no trace. The first steps learn a plain mean and variance, and may have twice the mean.
+    statistics, and norms that stay ten times larger are followed within a hundred steps. Norms that
+    are not finite leave no trace. The first steps learn a plain mean and variance, and may have
+    twice the mean.
 
     Args:
         max_norm: Largest limit; None, 0 or infinity for none.
