@@ -145,9 +145,10 @@ class AdaptiveClip(GradientClip):
         return {"steps": self.steps, "mean": self.mean, "variance": self.variance}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take back what `state_dict` returned."""
-        self.steps = int(state["steps"])
-        self.mean, self.variance = float(state["mean"]), float(state["variance"])
+        """Take back what `state_dict` returned; {}, that of fixed clipping, starts anew."""
+        self.steps = int(state.get("steps", 0))
+        self.mean = float(state.get("mean", 0.0))
+        self.variance = float(state.get("variance", 0.0))
 
 
 class PlanClip(AdaptiveClip):

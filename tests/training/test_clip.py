@@ -126,3 +126,11 @@ def test_adaptive_clipping_resumes():
     before_cut = [first(parameters_with(norm)).after for norm in norms[:3]]
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert before_cut + [second(parameters_with(norm)).after for norm in norms[3:]] == after
+
+
+def test_a_run_may_change_between_fixed_and_adaptive_clipping():
+    fixed, adaptive = GradientClip(1.0), AdaptiveClip()
+    adaptive(parameters_with(2.0))
+    fixed.load_state_dict(adaptive.state_dict())
+    adaptive.load_state_dict(fixed.state_dict())
+    assert adaptive.steps == 0
