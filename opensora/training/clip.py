@@ -1,12 +1,10 @@
 """Limit the norm of gradients: at a fixed value, or where it stands out from its own history.
 
-Adaptive clipping follows Open-Sora Plan 1.5; its recorded trace is
-`tests/golden/adaptive_clip.json`. g is the norm of a step's gradients:
-
-    limit = mean + 3 sqrt(variance)
-    g <= limit                                     kept; mean and variance move towards it
-    g <= max(mean + 5 sqrt(variance), 5 max_norm)  scaled down to the limit, not learned from
-    larger, or not finite                          extreme: not learned from, the step is bad
+The idea of adaptive clipping is Open-Sora Plan 1.5's: mean and variance of the norm g move from
+step to step, and a norm above mean + 3 sqrt(variance) is scaled down to that. Plan 1.5 starts from
+a norm of 1, learns nothing from what it clips and ends the run at 5 standard deviations; a model
+trained from random weights, whose first norms are 10, ends at its second step. `PlanClip` does just
+that, recorded in `tests/golden/adaptive_clip.json`; `AdaptiveClip` finds its own scale.
 """
 
 from __future__ import annotations
@@ -93,65 +91,96 @@ class GradientClip:
 class AdaptiveClip(GradientClip):
     """Scale gradients down whose norm stands out from a moving mean and variance of the norm.
 
+        limit = min(mean + sigmas * sqrt(variance), max_norm)
+
+    A norm beyond the limit is learned from as if it were the limit: one outlier hardly moves the
+    statistics, and norms that stay ten times larger are followed within a hundred steps. Norms that
+    are not finite leave no trace. The first steps learn a plain mean and variance, and may have
+    twice the mean.
+
     Args:
-        max_norm: Norm that is taken for usual at the first step, and limit of the warm-up.
+        max_norm: Largest limit; None, 0 or infinity for none.
         decay: Of mean and variance, per step.
-        sigmas: Spreads above the mean from which on gradients are scaled down.
-        extreme_sigmas: Spreads above the mean from which on a step is bad; norms up to five times
-            `max_norm` never are.
-        warm_up: First steps, clipped at `max_norm` while every finite norm is learned from.
+        sigmas: Standard deviations above the mean.
+        warm_up: First steps.
     """
 
     def __init__(
         self,
-        max_norm: float = 1.0,
+        max_norm: float | None = None,
         *,
         decay: float = 0.99,
         sigmas: float = 3.0,
-        extreme_sigmas: float = 5.0,
-        warm_up: int = 0,
+        warm_up: int = 50,
     ) -> None:
         super().__init__(max_norm)
-        self.decay, self.sigmas, self.extreme_sigmas = decay, sigmas, extreme_sigmas
-        self.warm_up, self.steps = warm_up, 0
-        self.mean, self.variance = 0.0, 0.0
-
-    def _limit(self, norm: float) -> tuple[float, bool]:
-        if not math.isfinite(norm):
-            return (self.max_norm if self.steps == 0 else self.limit), True
-        if self.steps == 0:
-            self.steps = 1
-            self.mean = min(3 * norm, self.max_norm)
-            return (self.max_norm if self.warm_up else max(norm, self.mean)), False
-        if self.steps < self.warm_up:
-            self._learn(norm)
-            return self.max_norm, False
-        limit = self.limit
-        if norm <= limit:
-            self._learn(norm)
-            return limit, False
-        furthest = self.mean + self.extreme_sigmas * math.sqrt(self.variance)
-        return limit, norm > max(furthest, 5 * self.max_norm)
+        self.decay, self.sigmas, self.warm_up = decay, sigmas, warm_up
+        self.steps, self.mean, self.variance = 0, 0.0, 0.0
 
     @property
     def limit(self) -> float:
         """Return the norm that the next step may have."""
-        return self.mean + self.sigmas * math.sqrt(self.variance)
+        if self.steps == 0:
+            return self.max_norm
+        limit = self.mean + self.sigmas * math.sqrt(self.variance)
+        if self.steps < self.warm_up:
+            limit = max(limit, 2 * self.mean)
+        return min(limit, self.max_norm)
+
+    def _limit(self, norm: float) -> tuple[float, bool]:
+        limit = self.limit
+        if not math.isfinite(norm):
+            return limit, True
+        self._learn(min(norm, limit))
+        return limit, False
 
     def _learn(self, norm: float) -> None:
+        decay = min(self.decay, self.steps / (self.steps + 1))
         self.steps += 1
-        self.mean = self.decay * self.mean + (1 - self.decay) * norm
-        distance = (self.mean - norm) ** 2
-        self.variance = self.decay * self.variance + (1 - self.decay) * distance
+        self.variance = decay * (self.variance + (1 - decay) * (norm - self.mean) ** 2)
+        self.mean = decay * self.mean + (1 - decay) * norm
 
     def state_dict(self) -> dict[str, float]:
         """Return the statistics."""
         return {"steps": self.steps, "mean": self.mean, "variance": self.variance}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take back what `state_dict` returned."""
-        self.steps = int(state["steps"])
-        self.mean, self.variance = float(state["mean"]), float(state["variance"])
+        """Take back what `state_dict` returned; {}, that of fixed clipping, starts anew."""
+        self.steps = int(state.get("steps", 0))
+        self.mean = float(state.get("mean", 0.0))
+        self.variance = float(state.get("variance", 0.0))
+
+
+class PlanClip(AdaptiveClip):
+    """Clip as Open-Sora Plan 1.5.
+
+        g <= mean + 3 sqrt(variance)                   kept and learned from
+        g <= max(mean + 5 sqrt(variance), 5 max_norm)  scaled down, not learned from
+        larger, or not finite                          extreme: the step is bad
+
+    Args:
+        max_norm: The first mean is three times the first norm, at most this.
+        decay: Of mean and variance, per step.
+    """
+
+    def __init__(self, max_norm: float = 1.0, *, decay: float = 0.99) -> None:
+        super().__init__(max_norm, decay=decay)
+
+    def _limit(self, norm: float) -> tuple[float, bool]:
+        deviation = math.sqrt(self.variance)
+        limit = self.mean + 3 * deviation if self.steps else self.max_norm
+        if not math.isfinite(norm):
+            return limit, True
+        if self.steps == 0:
+            self.steps, self.mean = 1, min(3 * norm, self.max_norm)
+            return max(norm, self.mean), False
+        if norm <= limit:
+            self.steps += 1
+            self.mean = self.decay * self.mean + (1 - self.decay) * norm
+            distance = (self.mean - norm) ** 2
+            self.variance = self.decay * self.variance + (1 - self.decay) * distance
+            return limit, False
+        return limit, norm > max(self.mean + 5 * deviation, 5 * self.max_norm)
 
 
 #: Meshes and their dimensions over which gradients are sharded -> their local parts.

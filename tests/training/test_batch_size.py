@@ -10,6 +10,7 @@ import torch
 
 from opensora.errors import DoesNotFitError, UsageError
 from opensora.models.stdit import STDiT3, STDiT3Config
+from opensora.models.stdit.parallelize import set_checkpointing
 from opensora.training.batch_size import (
     OutOfMemory,
     frames_of,
@@ -138,14 +139,14 @@ def test_lengths_have_names():
         frames_of("long")
 
 
-def small(ratio: float, recompute: bool, frames: int) -> int:
+def small(ratio: float, policy: str, frames: int) -> int:
     """Return what a small model keeps for its backward."""
     config = STDiT3Config(
         hidden_size=64, depth=3, num_heads=2, caption_channels=16, model_max_length=8,
         mlp_ratio=ratio,
     )  # fmt: skip
     model = STDiT3(config)
-    model.checkpoint_blocks = recompute
+    set_checkpointing(model, policy)
     one = torch.ones(1)
     x, y = torch.randn(1, 4, frames, 16, 16), torch.randn(1, 1, 8, 16)
     size = {"fps": one, "height": 64 * one, "width": 64 * one}
@@ -155,16 +156,27 @@ def small(ratio: float, recompute: bool, frames: int) -> int:
 @pytest.mark.parametrize("ratio", [2.0, 4.0])
 def test_the_memory_model_counts_what_autograd_keeps(ratio):
     config = STDiT3Config(hidden_size=64, depth=3, num_heads=2, mlp_ratio=ratio)
-    block = (13 + 2 * ratio) * 64 * 4  # the one that is recomputed, which autograd does not keep
-    for recompute, recomputed in ((False, 0), (True, 6)):
-        counted = MemoryModel.fit([(f * 64, small(ratio, recompute, f)) for f in (4, 8)])
-        guess = estimate(config, 0, recomputed=recomputed, dtype=torch.float32)
-        assert guess.per_token - block == pytest.approx(counted.per_token, rel=0.07)
+    tensor = 64 * 4  # bytes of a token
+    for policy in ("none", "every-2", "first-1", "full"):
+        counted = MemoryModel.fit([(f * 64, small(ratio, policy, f)) for f in (4, 8)])
+        guess = estimate(config, 0, checkpointing=policy, dtype=torch.float32)
+        # What autograd does not keep: gradients, and the block that is recomputed.
+        apart = 3 + (0 if policy == "none" else 13 + 2 * ratio)
+        assert guess.per_token - apart * tensor == pytest.approx(counted.per_token, rel=0.07)
+
+
+def test_policies_keep_less_and_less():
+    config = STDiT3Config()
+    order = ("none", "first-8", "ops", "every-2", "full")
+    bytes_ = [estimate(config, 0, checkpointing=policy).per_token for policy in order]
+    assert bytes_ == pytest.approx(sorted(bytes_, reverse=True))
+    with pytest.raises(UsageError, match="checkpointing 'al' is unknown"):
+        estimate(config, 0, checkpointing="al")
 
 
 def test_the_published_model_fits_as_many_samples_as_its_configurations_say():
     config, parameters = STDiT3Config(), 1_207_643_936
-    model = estimate(config, parameters, recomputed=56, shards=8)
+    model = estimate(config, parameters, checkpointing="full", shards=8)
     # 512 px of 408 frames, 122,880 tokens: upstream trains one at a time on 80 GB, with T5 and VAE.
     assert 1 <= model.batch_size(80e9, 122_880) <= 4
     none = estimate(config, parameters, shards=8)

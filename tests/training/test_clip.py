@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from opensora.training.clip import AdaptiveClip, GradientClip, gradient_norm
+from opensora.training.clip import AdaptiveClip, GradientClip, PlanClip, gradient_norm
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -49,9 +49,9 @@ def test_no_limit_only_measures():
         assert not result.extreme
 
 
-def test_adaptive_clipping_follows_the_recorded_trace():
+def test_plans_clipping_follows_the_recorded_trace():
     trace = json.loads((GOLDEN / "adaptive_clip.json").read_text())
-    clip = AdaptiveClip(1.0, decay=trace["decay"])
+    clip = PlanClip(1.0, decay=trace["decay"])
     for row in trace["rows"]:
         parameters = parameters_with(row["grad_norm"])
         result = clip(parameters)
@@ -62,15 +62,17 @@ def test_adaptive_clipping_follows_the_recorded_trace():
         assert result.extreme == bool(row["extreme"])
 
 
-def test_bad_norms_teach_nothing_and_change_no_gradient():
-    clip = AdaptiveClip(1.0)
+@pytest.mark.parametrize("kind", [AdaptiveClip, PlanClip])
+def test_bad_norms_teach_nothing_and_change_no_gradient(kind):
+    clip = kind(1.0)
+    assert clip(parameters_with(math.nan)).extreme  # nor are they the start of the statistics
+    assert clip.steps == 0
     for norm in (0.5, 0.6, 0.4):
         clip(parameters_with(norm))
     before = clip.state_dict()
-    for norm in (math.nan, math.inf, 1e9):
+    for norm in (math.nan, math.inf):
         parameters = parameters_with(norm)
-        result = clip(parameters)
-        assert result.extreme
+        assert clip(parameters).extreme
         assert clip.state_dict() == before
         assert torch.equal(
             parameters[0].grad.nan_to_num(), parameters_with(norm)[0].grad.nan_to_num()
@@ -78,20 +80,43 @@ def test_bad_norms_teach_nothing_and_change_no_gradient():
     assert not clip(parameters_with(0.5)).extreme
 
 
-def test_a_bad_first_norm_is_not_the_start_of_the_statistics():
+def test_plan_takes_a_far_norm_for_the_end_of_the_run():
+    clip = PlanClip(1.0)
+    clip(parameters_with(0.5))
+    before = clip.state_dict()
+    assert clip(parameters_with(5.1)).extreme
+    assert not clip(parameters_with(4.9)).extreme
+    assert clip.state_dict() == before
+
+
+def test_adaptive_clipping_finds_the_scale_of_the_norms():
+    for scale in (1e-3, 1.0, 1e3):
+        clip, random = AdaptiveClip(), torch.Generator().manual_seed(0)
+        norms = (scale * (1 + 0.1 * torch.randn(500, generator=random))).tolist()
+        results = [clip(parameters_with(norm)) for norm in norms]
+        assert sum(r.before > r.limit for r in results) < 5
+        assert clip.mean == pytest.approx(scale, rel=0.05)
+        assert math.sqrt(clip.variance) == pytest.approx(0.1 * scale, rel=0.3)
+        outlier = clip(parameters_with(100 * scale))
+        assert outlier.after == pytest.approx(1.3 * scale, rel=0.1)
+        assert clip.mean == pytest.approx(scale, rel=0.05)
+
+
+def test_adaptive_clipping_follows_a_lasting_change():
+    clip, random = AdaptiveClip(), torch.Generator().manual_seed(0)
+    for scale in (1.0, 10.0, 0.1):
+        norms = (scale * (1 + 0.1 * torch.randn(600, generator=random))).tolist()
+        results = [clip(parameters_with(norm)) for norm in norms]
+        assert sum(r.before > r.limit for r in results) < 100
+        assert not any(r.extreme for r in results)
+        assert all(r.before <= r.limit for r in results[-20:])
+
+
+def test_the_fixed_norm_bounds_the_adaptive_limit():
     clip = AdaptiveClip(1.0)
-    assert clip(parameters_with(math.nan)).extreme
-    assert clip.steps == 0
-    assert not clip(parameters_with(0.2)).extreme
-    assert clip.mean == pytest.approx(0.6, rel=1e-5)
-
-
-def test_warm_up_clips_at_the_fixed_norm_and_learns():
-    clip = AdaptiveClip(1.0, warm_up=50)
-    for _ in range(50):
+    for _ in range(60):
         assert clip(parameters_with(3.0)).after <= 1.0
-    assert 1.5 < clip.mean < 3.0
-    assert not clip(parameters_with(3.0)).extreme
+    assert clip.mean == pytest.approx(1.0)
 
 
 def test_adaptive_clipping_resumes():
@@ -101,3 +126,11 @@ def test_adaptive_clipping_resumes():
     before_cut = [first(parameters_with(norm)).after for norm in norms[:3]]
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert before_cut + [second(parameters_with(norm)).after for norm in norms[3:]] == after
+
+
+def test_a_run_may_change_between_fixed_and_adaptive_clipping():
+    fixed, adaptive = GradientClip(1.0), AdaptiveClip()
+    adaptive(parameters_with(2.0))
+    fixed.load_state_dict(adaptive.state_dict())
+    adaptive.load_state_dict(fixed.state_dict())
+    assert adaptive.steps == 0

@@ -121,22 +121,29 @@ def set_checkpointing(model: STDiT3, policy: str) -> None:
         UsageError: an unknown policy.
     """
     blocks = model.blocks()
-    kind, _, number = policy.partition("-")
-    if kind in ("every", "first") and number.isdigit() and int(number) > 0:
-        n = int(number)
-        chosen = [i % n == n - 1 if kind == "every" else i < n for i in range(len(blocks))]
-    elif policy in ("none", "full", "ops"):
-        chosen = [policy != "none"] * len(blocks)
-    else:
-        hint = suggest(policy, ("none", "full", "ops", "every-2", "first-2"))
-        raise UsageError(
-            f"checkpointing {policy!r} is unknown{hint}: use none, full, every-N (every Nth "
-            "block), first-N or ops, as in every-2"
-        )
-    for block, recompute in zip(blocks, chosen, strict=True):
+    for block, recompute in zip(blocks, recomputed_blocks(policy, len(blocks)), strict=True):
         block.recompute = recompute
         if policy == "ops":
             block.recompute_context = _selective_contexts
+
+
+def recomputed_blocks(policy: str, blocks: int) -> list[bool]:
+    """Tell for every block, in running order, whether a policy computes it again.
+
+    Raises:
+        UsageError: an unknown policy.
+    """
+    kind, _, number = policy.partition("-")
+    if kind in ("every", "first") and number.isdigit() and int(number) > 0:
+        n = int(number)
+        return [i % n == n - 1 if kind == "every" else i < n for i in range(blocks)]
+    if policy in ("none", "full", "ops"):
+        return [policy != "none"] * blocks
+    hint = suggest(policy, ("none", "full", "ops", "every-2", "first-2"))
+    raise UsageError(
+        f"checkpointing {policy!r} is unknown{hint}: use none, full, every-N (every Nth "
+        "block), first-N or ops, as in every-2"
+    )
 
 
 def compile_blocks(model: STDiT3, backend: str = "inductor", *, inside_hooks: bool = False) -> None:
