@@ -44,10 +44,12 @@ RUNTIME = [
 ]
 EXTRAS = {
     "train": ["tensorboard", "torch-tb-profiler"],
+    "eval": ["torchmetrics"],
     "test": [
         "pytest",
         "pytest-benchmark",
         "hypothesis",
+        "torchmetrics",
         "diffusers",  # an oracle for some modules; the package never imports it
         "setuptools>=77",  # the tests build a wheel
         "triton; sys_platform == 'linux'",  # kernels are interpreted and compiled without a GPU

@@ -21,7 +21,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -81,7 +80,7 @@ class _Training:
         frames, height, width = config.clip()
         self.replicas = world.dp_size * config.accumulation_steps
         if dataset is None:
-            dataset = build_dataset(_dataset_settings(config, frames, height, width))
+            dataset = build_dataset(config.dataset_settings())
         sampler = FixedSampler(
             dataset.entries(),
             Size(frames, height, width),
@@ -285,16 +284,6 @@ class _Training:
     def _say(self, text: str) -> None:
         if self.world.is_main:
             print(text, flush=True)
-
-
-def _dataset_settings(
-    config: TrainVAEConfig, frames: int, height: int, width: int
-) -> dict[str, Any]:
-    settings = {"type": "VideoTextDataset", "frame_interval": 1, **config.dataset}
-    settings |= {"num_frames": frames, "image_size": (height, width)}
-    if config.data_path is not None:
-        settings["data_path"] = config.data_path
-    return settings
 
 
 def main(argv: Sequence[str] | None = None, program: str = "train_vae.py") -> int:

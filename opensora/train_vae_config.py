@@ -145,6 +145,19 @@ class TrainVAEConfig:
             )
         return frames, int(size[0]), int(size[1])
 
+    def dataset_settings(self) -> dict[str, Any]:
+        """Return what `build_dataset` takes: the dataset's entry under the flags that override it.
+
+        Raises:
+            UsageError: see `clip`.
+        """
+        frames, height, width = self.clip()
+        settings = {"type": "VideoTextDataset", "frame_interval": 1, **self.dataset}
+        settings |= {"num_frames": frames, "image_size": (height, width)}
+        if self.data_path is not None:
+            settings["data_path"] = self.data_path
+        return settings
+
     def check(self) -> None:
         """Refuse settings that do not go together, before anything is loaded.
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,13 @@ from opensora.export import export
 from opensora.inference_vae import KINDS
 from opensora.inference_vae import main as reconstruct
 from opensora.media import read_metadata, write_clip
-from opensora.models.vae import VideoAutoencoder
+from opensora.models.vae import (
+    AutoencoderKL,
+    AutoencoderKLConfig,
+    VAETemporal,
+    VAETemporalConfig,
+    VideoAutoencoder,
+)
 from opensora.models.vae.loading import build_vae
 from opensora.train_vae import main as train
 
@@ -151,6 +162,71 @@ def test_stages_follow_each_other_from_the_command_line(
     assert stored.config == last.config
     for name, value in last.state_dict().items():
         assert torch.equal(stored.state_dict()[name], value)
+
+
+def test_killed_run_goes_on_to_the_same_weights(table: Path, tmp_path: Path) -> None:
+    words = [str(CONFIGS / "train/stage1.py"), "--data-path", str(table / "meta.csv"), *TINY]
+    words += ["--num-frames", "5", "--image-size", "16", "16", "--num-workers", "1"]
+    words += [
+        "--epochs",
+        "2",
+        "--ckpt-every",
+        "2",
+        "--no-grad-checkpoint",
+        "--ema-decay",
+        "0.9",
+        "--device",
+        "cpu",
+    ]
+    words += ["--discriminator.n_layers=1", "--discriminator.ndf=4", "--use-real-rec-loss"]
+    words += ["--perceptual-loss-weight", "0", "--lecam-loss-weight", "0.1", "--dtype", "fp32"]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    program = [sys.executable, str(ROOT / "scripts/train_vae.py"), *words, "--outputs", str(cut)]
+    # One thread everywhere: sums in another order would not be the same bit for bit.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 120
+        while not list(cut.glob("000-*/epoch*-global_step4")) and running.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+    finally:
+        running.kill()
+    assert running.wait() == -signal.SIGKILL
+    assert not (cut / "000-OpenSoraVAE_V1_2/vae").exists()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert train([*words, "--outputs", str(cut), "--load", "latest"]) == 0
+        assert train([*words, "--outputs", str(whole)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    (one,), (other,) = cut.iterdir(), whole.iterdir()
+    for name in ("vae/model.safetensors", "discriminator.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    assert [row["loss"] for row in rows(one)] == [row["loss"] for row in rows(other)]
+
+
+def test_parts_load_from_their_own_folders(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    spatial = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(4, 8), norm_num_groups=2))
+    temporal = VAETemporal(VAETemporalConfig(filters=4, num_res_blocks=1, num_groups=2))
+    spatial.save_pretrained(tmp_path / "vae")
+    temporal.save_pretrained(tmp_path / "temporal")
+    entry = {
+        "type": "VideoAutoencoderPipeline",
+        "vae_2d": {"from_pretrained": str(tmp_path), "subfolder": "vae", "micro_batch_size": 2},
+        "vae_temporal": {
+            **temporal.config.to_dict(),
+            "from_pretrained": str(tmp_path / "temporal"),
+        },
+    }
+    vae, origin = build_vae(entry)
+    assert str(tmp_path / "temporal") in origin
+    for name, value in spatial.state_dict().items():
+        assert torch.equal(vae.spatial_vae.module.state_dict()[name], value)
+    for name, value in temporal.state_dict().items():
+        assert torch.equal(vae.temporal_vae.state_dict()[name], value)
 
 
 def test_published_discriminator_configuration_runs(

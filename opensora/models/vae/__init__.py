@@ -3,8 +3,9 @@
 from opensora.models.vae.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from opensora.models.vae.conv import CausalConv3d
 from opensora.models.vae.posterior import Posterior
+from opensora.models.vae.reconstruction import LatentReconstruction, Reconstruction
 from opensora.models.vae.temporal import VAETemporal, VAETemporalConfig
-from opensora.models.vae.video import SPATIAL_SCALE, Reconstruction, VideoAutoencoder
+from opensora.models.vae.video import SPATIAL_SCALE, VideoAutoencoder
 from opensora.models.vae.video_config import OPENSORA_VAE_V1_2, PRESETS, VideoAutoencoderConfig
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "AutoencoderKL",
     "AutoencoderKLConfig",
     "CausalConv3d",
+    "LatentReconstruction",
     "Posterior",
     "Reconstruction",
     "VAETemporal",

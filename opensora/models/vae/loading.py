@@ -82,8 +82,8 @@ def build_vae(
         except WeightsError as error:
             key = "vae_2d" if name == "2D" else "vae_temporal"
             raise WeightsError(
-                f"{error} (it is the {name} VAE that training starts from; name another with "
-                f"--model.{key}.from_pretrained FOLDER)"
+                f"{error} (it is the {name} VAE that this configuration starts from; name another "
+                f"with --model.{key}.from_pretrained FOLDER)"
             ) from error
         part.load_state_dict(loaded.state_dict())
     return vae.to(device, dtype).eval(), ", ".join(words)

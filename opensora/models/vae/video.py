@@ -8,7 +8,6 @@ Source: the published checkpoint hpcai-tech/OpenSora-VAE-v1.2.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,31 +16,13 @@ from opensora.checkpoint import PretrainedMixin
 from opensora.errors import UsageError
 from opensora.models.vae.autoencoder_kl import AutoencoderKL
 from opensora.models.vae.posterior import Posterior
+from opensora.models.vae.reconstruction import LatentReconstruction, Reconstruction
 from opensora.models.vae.temporal import VAETemporal
 from opensora.models.vae.video_config import VideoAutoencoderConfig, infer_config
 
 # Published with the first release and kept since, also for the SDXL-type 2D VAE of 1.2, whose own
 # factor is another one: the temporal VAE was trained on latents of this scale.
 SPATIAL_SCALE = 0.18215
-
-
-class Reconstruction(NamedTuple):
-    """Hold everything that a training loss needs; see `VideoAutoencoder.forward`."""
-
-    x_rec: Tensor
-    x_z_rec: Tensor
-    z: Tensor
-    posterior: Posterior
-    x_z: Tensor
-
-
-class LatentReconstruction(NamedTuple):
-    """Hold what the losses on 2D latents need; see `VideoAutoencoder.reconstruct_latents`."""
-
-    x_z_rec: Tensor
-    z: Tensor
-    posterior: Posterior
-    x_z: Tensor
 
 
 class _Spatial(nn.Module):
