@@ -148,7 +148,7 @@ def test_cut_off_files_say_so(
         reasons.add(str(failure.value))
     assert len(reasons) == 1
     known = ("cut off", "the file is empty", "input/output error")
-    assert any(words in reason for reason in reasons for words in known)
+    assert any(words in reason for reason in reasons for words in known), reasons
 
 
 @pytest.mark.parametrize("name", ["flip.mp4", "flip.mkv", "flip.ts", "flip.webm"])
@@ -224,7 +224,7 @@ def test_a_file_that_changes_is_read_anew(videos: MakeVideo, tmp_path: Path) -> 
 
 
 MEMORY = """
-import random, resource, sys
+import random, sys
 from pathlib import Path
 from opensora.data.batch import SampleError
 from opensora.data.video import read_frames
@@ -240,17 +240,21 @@ def fetch(times):
             pass
 
 def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    # Not the pages of libraries, which come and go with the system's memory.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 rng = random.Random(0)
-fetch(800)
-before = resident()
-fetch(1500)
-print((resident() - before) / 2**20)
+sizes = []
+for _ in range(6):
+    fetch(450)
+    sizes.append(resident())
+# The allocator takes and keeps some megabytes now and then; a leak grows every time.
+print(min(after - before for before, after in zip(sizes, sizes[1:])) / 2**20)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_stays_flat_over_fetches(videos: MakeVideo, tmp_path: Path) -> None:
     whole = videos("flat.mp4", 50, options={"g": "7"})
     cut = tmp_path / "cut.mp4"
@@ -263,4 +267,4 @@ def test_memory_stays_flat_over_fetches(videos: MakeVideo, tmp_path: Path) -> No
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 6  # MiB; one picture kept a fetch would be 13
+    assert float(run.stdout) < 0.5  # MiB; one picture kept a fetch would be 4
