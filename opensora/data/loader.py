@@ -119,7 +119,8 @@ class Loader:
         ready = threading.Barrier(self.workers + 1)
 
         def start() -> None:
-            # The number of threads within an operation is each thread's own.
+            # Threads within an operation: the number is each thread's own, once it has asked for it.
+            torch.get_num_threads()
             torch.set_num_threads(1)
             ready.wait()
 

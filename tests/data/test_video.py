@@ -247,7 +247,7 @@ def resident():
 rng = random.Random(0)
 sizes = []
 for _ in range(6):
-    fetch(450)
+    fetch(300)
     sizes.append(resident())
 # The allocator takes and keeps some megabytes now and then; a leak grows every time.
 print(min(after - before for before, after in zip(sizes, sizes[1:])) / 2**20)
@@ -267,4 +267,4 @@ def test_memory_stays_flat_over_fetches(videos: MakeVideo, tmp_path: Path) -> No
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 0.5  # MiB; one picture kept a fetch would be 4
+    assert float(run.stdout) < 0.5  # MiB; one picture kept a fetch would be 3
