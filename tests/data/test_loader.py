@@ -92,9 +92,7 @@ def test_two_processes_share_what_one_takes() -> None:
     assert one[1::2] == second
     both = loader(Rows(), shares=2, rank=1, replicas=2)
     assert sum(both.steps_per_epoch(epoch) for epoch in range(3)) == len(second)
-    rest = [
-        told(b) for b in loader(Rows(), shares=2, rank=1, replicas=2, workers=2).batches(6)
-    ]
+    rest = [told(b) for b in loader(Rows(), shares=2, rank=1, replicas=2, workers=2).batches(6)]
     assert rest == second[3:]
 
 

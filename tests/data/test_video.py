@@ -67,7 +67,9 @@ def test_frames_may_repeat_and_be_none(videos: MakeVideo) -> None:
     path = videos("b_frames.mp4", 50, **VIDEOS["b_frames.mp4"])
     frames = decode_all(path)
     got = list(read_frames(path, [3, 3, 14]))
-    assert [np.array_equal(a, frames[i]) for a, i in zip(got, (3, 3, 14), strict=True)] == [True] * 3
+    assert [np.array_equal(a, frames[i]) for a, i in zip(got, (3, 3, 14), strict=True)] == [
+        True
+    ] * 3
     assert list(read_frames(path, [])) == []
     with pytest.raises(SampleError, match="frame 50 is wanted, the file holds 50"):
         next(read_frames(path, [50]))
@@ -129,9 +131,7 @@ def test_images_of_any_mode_become_rgb(mode: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cut.mp4", "front.mp4", "cut.mkv", "cut.avi", "cut.webm"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.4, 0.75, 0.9])
-def test_cut_off_files_say_so(
-    name: str, share: float, videos: MakeVideo, tmp_path: Path
-) -> None:
+def test_cut_off_files_say_so(name: str, share: float, videos: MakeVideo, tmp_path: Path) -> None:
     settings = {
         "front.mp4": {"container": {"movflags": "+faststart"}},
         "cut.avi": {"codec": "mpeg4"},
