@@ -119,7 +119,7 @@ class Loader:
         ready = threading.Barrier(self.workers + 1)
 
         def start() -> None:
-            # Threads within an operation: the number is each thread's own, once it has asked for it.
+            # The threads of an operation are each caller's own affair, once it has asked for them.
             torch.get_num_threads()
             torch.set_num_threads(1)
             ready.wait()

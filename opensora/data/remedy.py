@@ -21,6 +21,7 @@ from opensora.sizes import NUM_PIXELS
 
 #: Resolutions offered for new buckets: those with the usual ratios.
 _OFFERED = tuple(n for n in NUM_PIXELS if n.endswith(("p", "k")))
+_LOOSE = "strict_buckets=False of dataset"
 #: Lengths offered are multiples of this, a chunk of the video autoencoder, where clips have them.
 _CHUNK = 17
 
@@ -53,16 +54,19 @@ def find_remedy(entries: Sequence[Entry], plan: Plan) -> Remedy | None:
 
 def _bases(plan: Plan) -> Iterator[Remedy]:
     """Yield the plan as it is, then with what a single change on top may need."""
-    yield Remedy("", plan)
-    closer = dataclasses.replace(plan, frame_interval=1)
-    text = f"frame_interval from {plan.frame_interval} to 1" if plan.frame_interval > 1 else ""
-    if text:
-        yield Remedy(text, closer)
+    looser = [Remedy("", plan)]
+    if plan.frame_interval > 1:
+        text = f"frame_interval from {plan.frame_interval} to 1"
+        looser.append(Remedy(text, dataclasses.replace(plan, frame_interval=1)))
+    if plan.strict and plan.bucket_config is not None:
+        last = looser[-1]
+        loose = dataclasses.replace(last.plan, strict=False)
+        looser.append(Remedy(_joined(last.text, _LOOSE), loose))
+    yield from looser
     for count in range(plan.replicas - 1, 0, -1):
-        yield Remedy(_fewer(plan, count), dataclasses.replace(plan, replicas=count))
-        if text:
-            both = dataclasses.replace(closer, replicas=count)
-            yield Remedy(_joined(text, _fewer(plan, count)), both)
+        for base in looser:
+            fewer = dataclasses.replace(base.plan, replicas=count)
+            yield Remedy(_joined(base.text, _fewer(plan, count)), fewer)
 
 
 def _fewer(plan: Plan, count: int) -> str:
@@ -80,7 +84,7 @@ def _changes(readable: list[Entry], plan: Plan) -> Iterator[Remedy]:
         yield from _shorter_clips(readable, plan)
     else:
         if plan.strict:
-            yield Remedy("strict_buckets=False of dataset", dataclasses.replace(plan, strict=False))
+            yield Remedy(_LOOSE, dataclasses.replace(plan, strict=False))
         for interval in range(plan.frame_interval - 1, 0, -1):
             yield Remedy(
                 f"frame_interval from {plan.frame_interval} to {interval}",

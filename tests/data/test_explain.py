@@ -157,7 +157,7 @@ def test_a_run_of_no_steps_is_refused_with_the_change() -> None:
     assert require_steps(rows, good) == 1  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"0 steps: of 4 rows 1 are unreadable.* from 9 to 3"):
         require_steps(rows, bad)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="no change of the configuration helps.*no such file"):
+    with pytest.raises(UsageError, match=r"no change of the configuration helps.*no such file"):
         require_steps(Rows(BAD), bad)  # type: ignore[arg-type]
 
 
