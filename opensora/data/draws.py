@@ -97,7 +97,8 @@ def _add(a: tuple[U64, U64], b: tuple[U64, U64]) -> tuple[U64, U64]:
     """Add 128-bit numbers (high, low)."""
     low = a[1] + b[1]
     carry: U64 = (low < a[1]).astype(np.uint64)
-    return a[0] + b[0] + carry, low
+    high: U64 = a[0] + b[0] + carry
+    return high, low
 
 
 def _advance(state: tuple[U64, U64], step: tuple[U64, U64]) -> tuple[U64, U64]:
@@ -117,4 +118,6 @@ def _advance(state: tuple[U64, U64], step: tuple[U64, U64]) -> tuple[U64, U64]:
 def _output(high: U64, low: U64) -> U64:
     """Fold 128 bits to 64: xor of the halves, turned by the top six bits."""
     word, turn = high ^ low, high >> np.uint64(58)
-    return (word >> turn) | (word << ((np.uint64(64) - turn) & np.uint64(63)))
+    back: U64 = (np.uint64(64) - turn) & np.uint64(63)
+    turned: U64 = np.bitwise_or(word >> turn, word << back)
+    return turned
