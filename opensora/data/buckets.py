@@ -25,9 +25,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from opensora.config_file import suggest
 from opensora.data.batch import Size
+from opensora.data.draws import first_two, words_of
 from opensora.errors import UsageError
 from opensora.sizes import NUM_PIXELS, SIZES, closest_ratio
 
@@ -109,7 +111,71 @@ class Buckets:
 
     def seed(self, seed: int, epoch: int, index: int) -> int | tuple[int, ...]:
         """Return what `choose` takes for a row of a table in an epoch."""
-        return seed + epoch + index * self.count if self.strict else (seed, epoch, index)
+        if self.strict:
+            return seed + epoch + index * self.count
+        return seed % 2**32, epoch, index
+
+    def choose_all(
+        self,
+        shapes: npt.NDArray[np.int64],
+        interval: int,
+        seed: int,
+        epoch: int,
+    ) -> dict[BucketId, list[int]]:
+        """Return bucket -> rows, as `choose` decides; buckets in the order in which rows meet them.
+
+        Args:
+            shapes: frames, height and width of every row, [R, 3]; rows of 0 frames get no bucket.
+            interval: step between the frames that are read.
+            seed: of the run.
+            epoch: zero-based.
+        """
+        frames, pixels = shapes[:, 0], shapes[:, 1] * shapes[:, 2]
+        chosen = np.full(len(shapes), -1)
+        free = frames > 0
+        numbers = [(name, length) for name, rules in self.rules.items() for length in rules]
+        for name, rules in self.rules.items():
+            # Rows that no length of this resolution has decided over yet.
+            asked = free & (pixels >= ENLARGE * NUM_PIXELS[name])
+            for length, rule in rules.items():
+                fit = np.flatnonzero(
+                    asked
+                    & ((frames == 1) == (length == 1))
+                    & (frames >= self.needed(length, interval))
+                )
+                draw = None
+                if rule.attempt is not None:
+                    tried, draw = self._draw_all(seed, epoch, fit, rule)
+                    fit, draw = fit[tried <= rule.attempt], draw[tried <= rule.attempt]
+                elif 0 < rule.keep < 1:
+                    draw = self._draw_all(seed, epoch, fit, rule)[0]
+                asked[fit] = False
+                kept = fit if rule.keep >= 1 else fit[:0] if draw is None else fit[draw < rule.keep]
+                chosen[kept] = rule.place
+                free[kept] = False
+        rows = np.flatnonzero(chosen >= 0)
+        groups: dict[BucketId, list[int]] = {}
+        for place in np.unique(chosen[rows]):
+            name, length = numbers[place]
+            mine = rows[chosen[rows] == place]
+            keys = list(SIZES[name])
+            ratios = shapes[mine, 1] / shapes[mine, 2]
+            values = np.array([float(key) for key in keys])
+            nearest = np.abs(values[None] - ratios[:, None]).argmin(1)
+            for number in np.unique(nearest):
+                same = mine[nearest == number]
+                groups[BucketId(name, length, keys[number])] = same.tolist()
+        return dict(sorted(groups.items(), key=lambda group: group[1][0]))
+
+    def _draw_all(
+        self, seed: int, epoch: int, rows: npt.NDArray[np.int64], rule: Rule
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Return the first two draws of rows for a rule."""
+        count = len(rows)
+        if self.strict:
+            return first_two(words_of(seed + epoch + rows * self.count + rule.place, count))
+        parts = seed % 2**32, epoch, rows, rule.place
+        return first_two([word for part in parts for word in words_of(part, count)])
 
     def choose(
         self,

@@ -119,7 +119,8 @@ class Loader:
         ready = threading.Barrier(self.workers + 1)
 
         def start() -> None:
-            # The number of threads within an operation is each thread's own.
+            # The threads of an operation are each caller's own affair, once it has asked for them.
+            torch.get_num_threads()
             torch.set_num_threads(1)
             ready.wait()
 

@@ -34,7 +34,7 @@ class VideoFile:
         streams = self.container.streams.video
         if not streams:
             self.container.close()
-            raise UnreadableError("it has no video stream")
+            raise UnreadableError("it has no video stream, or its header is cut off")
         self.stream = streams[0]
         others: list[Any] = [s for s in self.container.streams if s.index != self.stream.index]
         for stream in others:

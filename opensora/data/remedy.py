@@ -21,6 +21,7 @@ from opensora.sizes import NUM_PIXELS
 
 #: Resolutions offered for new buckets: those with the usual ratios.
 _OFFERED = tuple(n for n in NUM_PIXELS if n.endswith(("p", "k")))
+_LOOSE = "strict_buckets=False of dataset"
 #: Lengths offered are multiples of this, a chunk of the video autoencoder, where clips have them.
 _CHUNK = 17
 
@@ -43,21 +44,47 @@ def find_remedy(entries: Sequence[Entry], plan: Plan) -> Remedy | None:
     readable = [entry for entry in entries if entry.num_frames > 0]
     if not readable:
         return None
-    for change in _changes(entries, readable, plan):
-        done = _complete(entries, change)
-        if done is not None:
-            return done
+    for base in _bases(plan):
+        for change in _changes(readable, base.plan):
+            done = _complete(entries, change)
+            if done is not None:
+                return Remedy(_joined(base.text, done.text), done.plan)
     return None
 
 
-def _changes(entries: Sequence[Entry], readable: list[Entry], plan: Plan) -> Iterator[Remedy]:
+def _bases(plan: Plan) -> Iterator[Remedy]:
+    """Yield the plan as it is, then with what a single change on top may need."""
+    looser = [Remedy("", plan)]
+    if plan.frame_interval > 1:
+        text = f"frame_interval from {plan.frame_interval} to 1"
+        looser.append(Remedy(text, dataclasses.replace(plan, frame_interval=1)))
+    if plan.strict and plan.bucket_config is not None:
+        last = looser[-1]
+        loose = dataclasses.replace(last.plan, strict=False)
+        looser.append(Remedy(_joined(last.text, _LOOSE), loose))
+    yield from looser
+    for count in range(plan.replicas - 1, 0, -1):
+        for base in looser:
+            fewer = dataclasses.replace(base.plan, replicas=count)
+            yield Remedy(_joined(base.text, _fewer(plan, count)), fewer)
+
+
+def _fewer(plan: Plan, count: int) -> str:
+    return f"replicas (processes times accumulation steps) from {plan.replicas} to {count}"
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
+
+
+def _changes(readable: list[Entry], plan: Plan) -> Iterator[Remedy]:
     """Yield changes, the cheapest first; they may still lack a batch size."""
     yield Remedy("", plan)
     if plan.bucket_config is None:
         yield from _shorter_clips(readable, plan)
     else:
         if plan.strict:
-            yield Remedy("strict_buckets=False of dataset", dataclasses.replace(plan, strict=False))
+            yield Remedy(_LOOSE, dataclasses.replace(plan, strict=False))
         for interval in range(plan.frame_interval - 1, 0, -1):
             yield Remedy(
                 f"frame_interval from {plan.frame_interval} to {interval}",
@@ -67,10 +94,7 @@ def _changes(entries: Sequence[Entry], readable: list[Entry], plan: Plan) -> Ite
         yield from _shorter_buckets(readable, plan)
         yield from _new_resolution(readable, plan)
     for count in range(plan.replicas - 1, 0, -1):
-        yield Remedy(
-            f"replicas (processes times accumulation steps) from {plan.replicas} to {count}",
-            dataclasses.replace(plan, replicas=count),
-        )
+        yield Remedy(_fewer(plan, count), dataclasses.replace(plan, replicas=count))
 
 
 def _complete(entries: Sequence[Entry], change: Remedy) -> Remedy | None:
@@ -85,7 +109,7 @@ def _complete(entries: Sequence[Entry], change: Remedy) -> Remedy | None:
             best = share, text, plan
     if best is None:
         return None
-    return Remedy("; ".join(part for part in (change.text, best[1]) if part), best[2])
+    return Remedy(_joined(change.text, best[1]), best[2])
 
 
 def _smaller_batches(

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from opensora.data.batch import Entry, Size
@@ -126,12 +127,15 @@ class BatchSampler:
         shuffle: bool = True,
         drop_last: bool = True,
     ) -> None:
-        _check_replicas(replicas)
+        _check(replicas, seed)
         if frame_interval < 1:
             raise UsageError(f"frame_interval must be at least 1, got {frame_interval}")
         self.entries, self.buckets = entries, buckets
         self.frame_interval, self.seed, self.replicas = frame_interval, seed, replicas
         self.shuffle, self.drop_last = shuffle, drop_last
+        self._shapes = np.array(
+            [(entry.num_frames, entry.height, entry.width) for entry in entries], np.int64
+        ).reshape(-1, 3)
         self._lengths: dict[int, int] = {}
         self._last: tuple[int, list[PlannedBatch]] | None = None
 
@@ -151,12 +155,7 @@ class BatchSampler:
 
     def groups(self, epoch: int) -> dict[BucketId, list[int]]:
         """Return bucket -> rows of an epoch, both in the table's order."""
-        groups: dict[BucketId, list[int]] = {}
-        for index in range(len(self.entries)):
-            bucket = self.choose(index, epoch)
-            if bucket is not None:
-                groups.setdefault(bucket, []).append(index)
-        return groups
+        return self.buckets.choose_all(self._shapes, self.frame_interval, self.seed, epoch)
 
     def epoch(self, epoch: int) -> list[PlannedBatch]:
         """List the batches of an epoch; see `Sampler`."""
@@ -204,7 +203,7 @@ class FixedSampler:
         shuffle: bool = True,
         drop_last: bool = True,
     ) -> None:
-        _check_replicas(replicas)
+        _check(replicas, seed)
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
         self.entries, self.size, self.batch_size = entries, size, batch_size
@@ -275,6 +274,8 @@ def _plan(
     return planned + list(islice(cycle(planned), replicas - extra)) if extra else planned
 
 
-def _check_replicas(replicas: int) -> None:
+def _check(replicas: int, seed: int) -> None:
+    if seed < 0:
+        raise UsageError(f"seed must be at least 0, got {seed}")
     if replicas < 1:
         raise UsageError(f"replicas must be at least 1, got {replicas}")

@@ -8,7 +8,8 @@ float32 at its own size would be many times the result.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,14 +85,28 @@ def clip_of_frames(frames: Iterable[Pixels], size: Size, name: str) -> Tensor:
         name: a transform of NAMES.
     """
     clip = torch.empty(3, *size)
-    for t, pixels in enumerate(frames):
-        frame = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None] / 255.0
-        if name == "center":
-            frame = center(frame, size.height)
-        else:
-            frame = resize_crop(frame, size.height, size.width)
-        clip[:, t] = frame[0]
+    with _one_thread():
+        for t, pixels in enumerate(frames):
+            frame = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None] / 255.0
+            if name == "center":
+                frame = center(frame, size.height)
+            else:
+                frame = resize_crop(frame, size.height, size.width)
+            clip[:, t] = frame[0]
     return clip.sub_(0.5).div_(0.5)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Resize in one thread: interpolation rounds otherwise where several divide the rows."""
+    before = torch.get_num_threads()
+    if before > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if before > 1:
+            torch.set_num_threads(before)
 
 
 def clip_of_image(image: Image.Image, size: Size, name: str) -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from opensora.data.buckets import BucketId, Buckets
+from opensora.data.draws import first_two, words_of
 from opensora.errors import UsageError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -24,6 +26,37 @@ def test_decisions_are_those_recorded(stage: int) -> None:
     for frames, height, width, interval, seed, expected in recorded["rows"]:
         got = buckets.choose(frames, height, width, interval, seed)
         assert (list(got) if got else None) == expected
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_table_is_decided_over_as_its_rows_are(stage: int, strict: bool) -> None:
+    config = json.loads((GOLDEN / f"bucket_stage{stage}.json").read_text())["config"]
+    buckets, rng = Buckets(config, strict=strict), np.random.default_rng(stage)
+    lengths, sides = [0, 1, 51, 52, 103, 205, 410, 700], [120, 144, 240, 426, 720, 1080, 1920]
+    shapes = np.stack([rng.choice(lengths, 400), *rng.choice(sides, (2, 400))], 1)
+    for interval, seed, epoch in ((1, 42, 0), (3, 2**33 + 5, 7)):
+        expected: dict[BucketId, list[int]] = {}
+        for row, shape in enumerate(shapes.tolist()):
+            if shape[0] == 0:
+                continue
+            chosen = buckets.choose(*shape, interval, buckets.seed(seed, epoch, row))
+            if chosen is not None:
+                expected.setdefault(chosen, []).append(row)
+        got = buckets.choose_all(shapes, interval, seed, epoch)
+        assert list(got.items()) == list(expected.items())
+
+
+def test_draws_are_numpys() -> None:
+    rng = np.random.default_rng(0)
+    for limit in (10, 2**32, 2**62):
+        seeds = rng.integers(0, limit, 50)
+        first, second = first_two(words_of(seeds, 50))
+        for row, seed in enumerate(seeds.tolist()):
+            draws = np.random.default_rng(seed)
+            assert (draws.random(), draws.random()) == (first[row], second[row])
+    with pytest.raises(ValueError, match="at most 4 words"):
+        first_two(words_of(seeds, 50) * 3)
 
 
 def test_sizes_are_those_recorded() -> None:

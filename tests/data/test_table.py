@@ -142,7 +142,12 @@ def test_reads_parquet(tmp_path: Path) -> None:
     }
     parquet.write_table(pyarrow.table(columns), path)
     first, second = read_table(path).rows
-    assert (first.text, first.num_frames, first.fps, first.extra) == ("a cat", 12, 24.0, {"aes": 5.5})
+    assert (first.text, first.num_frames, first.fps, first.extra) == (
+        "a cat",
+        12,
+        24.0,
+        {"aes": 5.5},
+    )
     assert (second.text, second.num_frames, second.fps) == (None, None, None)
     path.write_bytes(b"PAR1 no more")
     with pytest.raises(UsageError, match="cannot read"):

@@ -67,7 +67,9 @@ def test_frames_may_repeat_and_be_none(videos: MakeVideo) -> None:
     path = videos("b_frames.mp4", 50, **VIDEOS["b_frames.mp4"])
     frames = decode_all(path)
     got = list(read_frames(path, [3, 3, 14]))
-    assert [np.array_equal(a, frames[i]) for a, i in zip(got, (3, 3, 14), strict=True)] == [True] * 3
+    assert [np.array_equal(a, frames[i]) for a, i in zip(got, (3, 3, 14), strict=True)] == [
+        True
+    ] * 3
     assert list(read_frames(path, [])) == []
     with pytest.raises(SampleError, match="frame 50 is wanted, the file holds 50"):
         next(read_frames(path, [50]))
@@ -129,9 +131,7 @@ def test_images_of_any_mode_become_rgb(mode: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cut.mp4", "front.mp4", "cut.mkv", "cut.avi", "cut.webm"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.4, 0.75, 0.9])
-def test_cut_off_files_say_so(
-    name: str, share: float, videos: MakeVideo, tmp_path: Path
-) -> None:
+def test_cut_off_files_say_so(name: str, share: float, videos: MakeVideo, tmp_path: Path) -> None:
     settings = {
         "front.mp4": {"container": {"movflags": "+faststart"}},
         "cut.avi": {"codec": "mpeg4"},
@@ -148,7 +148,7 @@ def test_cut_off_files_say_so(
         reasons.add(str(failure.value))
     assert len(reasons) == 1
     known = ("cut off", "the file is empty", "input/output error")
-    assert any(words in reason for reason in reasons for words in known)
+    assert any(words in reason for reason in reasons for words in known), reasons
 
 
 @pytest.mark.parametrize("name", ["flip.mp4", "flip.mkv", "flip.ts", "flip.webm"])
@@ -166,8 +166,7 @@ def test_damaged_files_give_a_reason_or_frames(
         path.write_bytes(damaged)
         try:
             assert len(list(read_frames(path, list(range(10, 40))))) == 30
-        except SampleError as error:
-            assert str(error)
+        except SampleError:
             failed += 1
     assert failed >= 3
 
@@ -196,11 +195,9 @@ def test_what_is_no_clip_is_unreadable(
         path.write_bytes(path.read_bytes()[:3000])
     elif isinstance(content, bytes):
         path.write_bytes(content)
+    read = read_image if path.suffix in (".png", ".jpg") else index_of
     with pytest.raises(UnreadableError, match=reason):
-        if path.suffix in (".png", ".jpg"):
-            read_image(path)
-        else:
-            list(read_frames(path, [0]))
+        read(path)
 
 
 def test_sound_alone_is_no_video(tmp_path: Path) -> None:
@@ -224,7 +221,7 @@ def test_a_file_that_changes_is_read_anew(videos: MakeVideo, tmp_path: Path) -> 
 
 
 MEMORY = """
-import random, resource, sys
+import random, sys
 from pathlib import Path
 from opensora.data.batch import SampleError
 from opensora.data.video import read_frames
@@ -240,17 +237,21 @@ def fetch(times):
             pass
 
 def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    # Not the pages of libraries, which come and go with the system's memory.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 rng = random.Random(0)
-fetch(800)
-before = resident()
-fetch(1500)
-print((resident() - before) / 2**20)
+sizes = []
+for _ in range(6):
+    fetch(300)
+    sizes.append(resident())
+# The allocator takes and keeps some megabytes now and then; a leak grows every time.
+print(min(after - before for before, after in zip(sizes, sizes[1:])) / 2**20)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_stays_flat_over_fetches(videos: MakeVideo, tmp_path: Path) -> None:
     whole = videos("flat.mp4", 50, options={"g": "7"})
     cut = tmp_path / "cut.mp4"
@@ -263,4 +264,4 @@ def test_memory_stays_flat_over_fetches(videos: MakeVideo, tmp_path: Path) -> No
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 6  # MiB; one picture kept a fetch would be 13
+    assert float(run.stdout) < 0.5  # MiB; one picture kept a fetch would be 3
