@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora.distributed.mesh import World, divide, start, stop
 from opensora.distributed.sharded import (
@@ -21,6 +24,7 @@ from opensora.distributed.sharded import (
     scale_gradients,
     whole,
 )
+from opensora.errors import UsageError
 from opensora.models.stdit import STDiT3, STDiT3Config
 from opensora.models.stdit.parallelize import freeze, parallelize, set_checkpointing
 from opensora.optim import Muon
@@ -236,10 +240,8 @@ def test_muon_on_shards_equals_muon(measured: Any, shape: str) -> None:
     assert all(rank["muon"] < 1e-6 for rank in measured(shape))
 
 
-def saved_bytes(model: STDiT3, backend: str | None = None) -> int:
+def saved_bytes(model: STDiT3) -> int:
     """Return the bytes that one forward keeps for the backward pass, parameters apart."""
-    if backend is not None:
-        parallelize(model, World(), dtype="fp32", compile=True, backend=backend)
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []
@@ -256,18 +258,103 @@ def saved_bytes(model: STDiT3, backend: str | None = None) -> int:
     return sum(kept.values())
 
 
-def test_policies_keep_what_they_should() -> None:
-    """Count bytes: half the blocks recomputed are half of what all of them spare."""
+def test_recomputed_blocks_keep_their_input_alone() -> None:
+    """Count bytes: a quarter of the blocks spares a quarter of what all of them spare."""
     found = {}
     for policy in ("none", "full", "every-2", "every-4", "first-1", "first-3"):
         model = make_model()
         set_checkpointing(model, policy)
         found[policy] = saved_bytes(model)
-    tokens = 2 * 5 * 6 * 24 * 4  # [B, T * S, C] float32 of batch 2
+    tokens = 2 * 5 * 6 * 24 * 4  # bytes of [B, T * S, C] in float32, batch 2
     spared = found["none"] - found["full"]
-    assert spared > 4 * 8 * tokens  # four blocks, of at least 8 tokens each
+    assert spared > 4 * 12 * tokens
     for policy, share in (("every-2", 2), ("every-4", 1), ("first-1", 1), ("first-3", 3)):
         assert (found["none"] - found[policy]) / spared == pytest.approx(share / 4, abs=0.08)
+
+
+def ops_in_backward(policy: str) -> Counter[str]:
+    """Count the operations of a backward pass."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            counted[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    counted: Counter[str] = Counter()
+    model = make_model()
+    set_checkpointing(model, policy)
+    loss = loss_of(model, 2)
+    with Seen():
+        loss.backward()
+    return counted
+
+
+def test_the_ops_policy_computes_no_product_and_no_attention_again() -> None:
+    none, full, ops = (ops_in_backward(policy) for policy in ("none", "full", "ops"))
+    kinds = ("mm", "addmm", "bmm", "baddbmm")
+    products = [sum(counted[kind] for kind in kinds) for counted in (none, full, ops)]
+    assert products[1] >= products[0] + 4 * 6  # six products a block
+    assert products[2] == products[0]
+    for kind in ("spatial", "temporal", "cross"):
+        name = f"{kind}_attention_forward"
+        assert none[name] == ops[name] == 0
+    assert ops["gelu"] == none["gelu"] + 4  # the rest is
+
+
+@pytest.mark.parametrize(("policy", "backend"), [("every-2", "eager"), ("ops", "aot_eager")])
+def test_blocks_compile_to_one_graph_each(policy: str, backend: str) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model = parallelize(
+        make_model(), World(), dtype="fp32", checkpointing=policy, compile=True, backend=backend
+    )
+    for block in model.blocks():  # a rate of its own in every block is a graph of its own
+        block.drop_path = 0.0
+    loss_of(model, 2).backward()
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 4
+    torch._dynamo.reset()
+
+
+def test_one_process_casts_as_many_do() -> None:
+    """Parameters stay float32, blocks see bfloat16, gradients come back in float32."""
+    model = make_model()
+    world = World()
+    parallelize(model, world, dtype="bf16", checkpointing="full")
+    seen = []
+    for block in model.blocks():
+        block.register_forward_hook(lambda _m, given, out: seen.append((given[0], out[0])))
+    loss = loss_of(model, 2)
+    assert {t.dtype for pair in seen for t in pair} == {torch.bfloat16}
+    loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in trained if p.grad is not None} == {torch.float32}
+    plain = make_model().bfloat16()
+    assert loss.item() == pytest.approx(loss_of(plain, 2).item(), rel=1e-6)
+    stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpointing": "every"}, r"'every' is unknown; did you mean every-2\?"),
+        ({"checkpointing": "every-0"}, r"\(none, full, every-N"),
+        ({"dtype": "bf32"}, r"dtype 'bf32' is unknown"),
+        ({"dtype": "bf16", "shard": False}, r"dtype bf16 needs sharded parameters"),
+        ({"dtype": "fp32", "cpu_offload": True, "shard": False}, r"cpu_offload needs sharded"),
+    ],
+)
+def test_rejects_what_it_cannot_do(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parallelize(make_model(), World(), **options)
+
+
+def test_rejects_parameters_that_lost_their_precision() -> None:
+    with pytest.raises(UsageError, match=r"parameters of torch.bfloat16.*dtype=torch.float32"):
+        parallelize(make_model().bfloat16(), World())
 
 
 if __name__ == "__main__":

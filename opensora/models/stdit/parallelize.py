@@ -130,8 +130,7 @@ def set_checkpointing(model: STDiT3, policy: str) -> None:
     else:
         hint = suggest(policy, ("none", "full", "ops", "every-2", "first-2"))
         raise UsageError(
-            f"checkpointing {policy!r} is unknown{hint}: use none, full, every-N (every Nth "
-            "block), first-N or ops, as in every-2"
+            f"checkpointing {policy!r} is unknown{hint} (none, full, every-N, first-N, ops)"
         )
     for block, recompute in zip(blocks, chosen, strict=True):
         block.recompute = recompute
