@@ -143,7 +143,7 @@ def _whereabouts(label: str, ranks: list[int]) -> str:
                     found[rank] = store.get(key).decode()
             time.sleep(0.05)
     except RuntimeError:  # the store's process is gone: then nobody can be asked
-        return "Rank 0 is gone: read its first error."
+        return "So has the process that connects them, torchrun or rank 0: read its first error."
     silent = [str(rank) for rank in others if rank not in found]
     elsewhere = [f"rank {rank} was in {at}." for rank, at in found.items() if at != label]
     if silent:

@@ -130,6 +130,7 @@ def divide(world: World, sp_size: int = 1, replicate: int = 1) -> World:
         UsageError: as `start`.
     """
     check_sizes(world.size, sp_size, replicate)
+    world = replace(world, sp_size=sp_size, replicate=replicate)
     if not world.backend:
         return world
     sides = (replicate, world.size // replicate // sp_size, sp_size)
@@ -141,7 +142,7 @@ def divide(world: World, sp_size: int = 1, replicate: int = 1) -> World:
     else:
         two = (replicate, world.size // replicate)
         shards = init_device_mesh(kind, two, mesh_dim_names=("copies", "shards"))
-    return replace(world, sp_size=sp_size, replicate=replicate, mesh=mesh, shard_mesh=shards)
+    return replace(world, mesh=mesh, shard_mesh=shards)
 
 
 def start_group_of_one(world: World) -> World:
