@@ -31,6 +31,9 @@ _OPERATIONS = {
 gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+# Parts of what gloo and NCCL say where they raise no type of their own.
+_BACKEND_WORDS = ("gloo", "nccl", "application timeout", "connection closed", "connection reset")
+
 # How long a failed rank waits for the others to say where they are.
 _ASKING_S = 3.0
 
@@ -126,6 +129,28 @@ def named(call: str, what: str, group: _Group) -> Iterator[None]:
             f"ranks {', '.join(map(str, ranks))}. {_whereabouts(label, ranks)} "
             f"The backend said: {str(error).splitlines()[0]}"
         ) from error
+
+
+@contextmanager
+def watched(what: str) -> Iterator[None]:
+    """Name what was being done when a collective failed that somebody else makes, as FSDP2 does.
+
+    Other errors pass unchanged.
+
+    Args:
+        what: "the backward pass of step 7".
+
+    Raises:
+        CollectiveError: in place of a backend's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        known = any(words in str(error).lower() for words in _BACKEND_WORDS)
+        if not dist.is_initialized() or not (known or isinstance(error, dist.DistError)):
+            raise
+        with named("a collective", what, None):
+            raise
 
 
 def _whereabouts(label: str, ranks: list[int]) -> str:

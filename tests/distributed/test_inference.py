@@ -29,9 +29,9 @@ SETTINGS: dict[str, Any] = {"num_inference_steps": 2, "progress": False, "output
 def on_every_rank(folder: str) -> dict[str, Any]:
     world = start("cpu", sp_size=2, timeout_s=60)
     pipe = OpenSoraPipeline.from_pretrained("tiny", device="cpu", progress=False)
-    alone = pipe(PROMPTS[0], seed=3, **SETTINGS).frames
+    alone = pipe(PROMPTS[0], seed=3, num_frames=9, **SETTINGS).frames
     pipe.transformer.sequence = Sequence.of(world)
-    shared = pipe(PROMPTS[0], seed=3, **SETTINGS).frames
+    shared = pipe(PROMPTS[0], seed=3, num_frames=9, **SETTINGS).frames
     first, second = all_gather(shared, "the clip")
     drawn = pipe(PROMPTS[0], height=32, width=32, num_frames=1, **SETTINGS).seeds
     found: dict[str, Any] = {

@@ -102,13 +102,18 @@ def on_every_rank() -> dict[str, Any]:
     collectives.barrier("the first checkpoint")
     begun = time.monotonic()
     if rank == 1:
-        time.sleep(7)
+        time.sleep(6)
     try:
         if rank == 0:
             collectives.all_reduce(torch.zeros(1), "the loss")
     except CollectiveError as error:
         found["said"] = str(error)
     found["waited"] = time.monotonic() - begun
+    try:
+        with collectives.watched("step 7"):
+            dist.all_reduce(torch.zeros(1))  # somebody else's: the pair broke above
+    except CollectiveError as error:
+        found["watched"] = str(error)
     return found
 
 
@@ -128,7 +133,13 @@ def test_a_rank_that_never_arrives_is_named_with_the_call(ranks: Any) -> None:
     assert "group: all processes, ranks 0, 1" in said
     assert "Not heard of: rank 1;" in said
     assert "timeout_s" in said
-    assert 2 <= first["waited"] < 7
+    assert 2 <= first["waited"] < 6
+    assert "a collective of step 7 failed" in first["watched"]
+
+
+def test_errors_of_the_program_are_not_taken_for_those_of_ranks() -> None:
+    with pytest.raises(RuntimeError, match="shape"), collectives.watched("step 7"):
+        torch.zeros(2).view(3)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def make_model(**changes: Any) -> STDiT3:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and not name.endswith("norm.weight"):
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=0.2)
     for block in model.blocks():
         block.recompute = bool(changes.get("recompute"))
     return model.train(changes.get("train", False)).to(changes.get("dtype", torch.float32))
