@@ -16,18 +16,12 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora.distributed.mesh import World, divide, start, stop
-from opensora.distributed.sharded import (
-    grad_norm,
-    local,
-    part_of,
-    reduce_gradients,
-    scale_gradients,
-    whole,
-)
+from opensora.distributed.sharded import local, part_of, reduce_gradients, whole
 from opensora.errors import UsageError
 from opensora.models.stdit import STDiT3, STDiT3Config
 from opensora.models.stdit.parallelize import freeze, parallelize, set_checkpointing
 from opensora.optim import Muon
+from opensora.training.clip import GradientClip, gradient_norm
 
 CONFIG = {
     "hidden_size": 24,
@@ -98,12 +92,11 @@ def train(model: STDiT3, world: World, accumulate: int) -> dict[str, Any]:
             loss.backward()
             total += loss.item()
         reduce_gradients(model.parameters())
-        norm = grad_norm(model.parameters())
-        scale_gradients(model.parameters(), (LIMIT / norm).clamp(max=1.0))
+        norm = GradientClip(LIMIT)(model.parameters()).before
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-        norms.append(norm.item())
+        norms.append(norm)
     return {"losses": losses, "norms": norms, "weights": [whole(p) for p in model.parameters()]}
 
 
@@ -143,9 +136,9 @@ def clip_by_torch(world: World) -> list[float]:
     """Return the norms that torch's clipping and ours find, and the norm that it leaves."""
     model = parallelize(make_model(), world, dtype="fp32")
     loss_of(model, world.dp_rank).backward()
-    ours = grad_norm(model.parameters()).item()
+    ours = gradient_norm(model.parameters())
     theirs = nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
-    return [ours, whole(theirs).item(), grad_norm(model.parameters()).item()]
+    return [ours, whole(theirs).item(), gradient_norm(model.parameters())]
 
 
 def parts_round_trip(world: World) -> bool:
