@@ -3,8 +3,8 @@
 Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". The update
 of a weight matrix is its Nesterov momentum with all singular values moved near 1 by five steps of a
 quintic Newton-Schulz iteration. Convolution weights are taken as matrices [out, in * kernel], which
-`torch.optim.Muon` refuses. Sharded matrices (DTensor) are gathered for it, one after the other, and
-every process moves its own shard: the same numbers as on one process.
+`torch.optim.Muon` refuses. Sharded parameters (DTensor) keep sharded state; a matrix's update is
+gathered for the iteration, which every rank computes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from opensora.distributed.sharded import local, part_of, whole
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -90,8 +91,8 @@ class Muon(torch.optim.Optimizer):
                 # One batched product for all matrices of one shape: a transformer has few shapes.
                 by_shape: defaultdict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
                 for parameter in parameters:
-                    shape = parameter.shape
-                    by_shape[shape[0], math.prod(shape[1:])].append(parameter)
+                    rows, *columns = parameter.shape
+                    by_shape[rows, math.prod(columns)].append(parameter)
                 for same in by_shape.values():
                     self._step_matrices(same, group)
             elif parameters:
@@ -105,17 +106,15 @@ class Muon(torch.optim.Optimizer):
             assert gradient is not None
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].lerp_(gradient, 1 - group["momentum"])
-            update = gradient.lerp(state["momentum"], group["momentum"])
-            updates.append(_whole(update).flatten(1))
+            local(state["momentum"]).lerp_(local(gradient), 1 - group["momentum"])
+            updates.append(whole(gradient.lerp(state["momentum"], group["momentum"])).flatten(1))
         stacked = torch.stack(updates)
         # Size independent of the shape: root mean square 0.2, as an AdamW step has.
         size = 0.2 * max(stacked.shape[1:]) ** 0.5
         for parameter, update in zip(parameters, orthogonalise(stacked), strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(
-                _like(update.view(parameter.shape), parameter), alpha=-group["lr"] * size
-            )
+            held = local(parameter)
+            held.mul_(1 - group["lr"] * group["weight_decay"])
+            held.add_(part_of(update.view(parameter.shape), parameter), alpha=-group["lr"] * size)
 
     def _step_adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
@@ -126,23 +125,10 @@ class Muon(torch.optim.Optimizer):
                     step=0, mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter)
                 )
             state["step"] += 1
-            gradient = parameter.grad
-            assert gradient is not None
-            state["mean"].lerp_(gradient, 1 - beta1)
-            state["square"].lerp_(gradient.square(), 1 - beta2)
-            mean = state["mean"] / (1 - beta1 ** state["step"])
-            root = (state["square"] / (1 - beta2 ** state["step"])).sqrt().add_(group["eps"])
-            parameter.addcdiv_(mean, root, value=-group["lr"])
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Shard a tensor that every process has as `parameter` is, without communication."""
-    if not isinstance(parameter, DTensor):
-        return tensor
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+            assert parameter.grad is not None
+            gradient, mean, square = map(local, (parameter.grad, state["mean"], state["square"]))
+            mean.lerp_(gradient, 1 - beta1)
+            square.lerp_(gradient.square(), 1 - beta2)
+            mean = mean / (1 - beta1 ** state["step"])
+            root = (square / (1 - beta2 ** state["step"])).sqrt().add_(group["eps"])
+            local(parameter).addcdiv_(mean, root, value=-group["lr"])

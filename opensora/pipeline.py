@@ -353,6 +353,9 @@ class OpenSoraPipeline:
         if note:
             warnings.warn(note, stacklevel=3)  # past torch.no_grad, at the caller
         seeds = clip_seeds(seed, generator, len(texts), noise)
+        sequence = getattr(self.transformer, "sequence", None)
+        if sequence is not None:  # ranks that share the tokens must start from one noise
+            seeds = sequence.agree(seeds, "the seeds of the clips")
 
         def after_step(step: int, t: Tensor, z: Tensor) -> Tensor | None:
             if callback_on_step_end is None:

@@ -1,7 +1,7 @@
 """Run a program so that a user sees one sentence for a failure, and never a traceback.
 
 Exit status: 0 success, 1 a fault in this package, 2 usage, 3 weights, 4 does not fit,
-5 non-finite values, 130 interrupted, 143 terminated.
+5 non-finite values, 6 another process gone or late, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations

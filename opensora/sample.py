@@ -8,6 +8,7 @@ stdout: one line a clip with its path, frames, pixels and seconds. Everything el
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,13 +17,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from opensora.config import parse_command_line
+from opensora.config import Sources, parse_command_line
 from opensora.errors import KernelWarning
 from opensora.program import run_program, stop_if_requested
 from opensora.progress import Progress, Report
 from opensora.sample_config import SampleConfig
+
+if TYPE_CHECKING:
+    from opensora.distributed.mesh import World
 
 DESCRIPTION = """\
 Generate clips or images from text.
@@ -55,11 +59,35 @@ def generate(argv: Sequence[str], program: str = "opensora generate") -> int:
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     say = _quiet if config.quiet or config.verbose == 0 else _say
+    if config.sp_size is None and "WORLD_SIZE" not in os.environ:
+        return _generate(config, sources, say, started)
 
+    from opensora.distributed.mesh import stop
+    from opensora.sample_ranks import join
+
+    try:
+        world = join(config)
+        config = dataclasses.replace(config, device=str(world.device))
+        return _generate(config, sources, say if world.is_main else _quiet, started, world)
+    finally:
+        stop()
+
+
+def _generate(
+    config: SampleConfig,
+    sources: Sources,
+    say: Callable[[str], None],
+    started: float,
+    world: World | None = None,
+) -> int:
+    """Run what `generate` has parsed, in one process or as one of many."""
     # Imported after the flags are checked: a wrong flag should not wait for the models' code.
     from opensora.pipeline_loading import load_parts
     from opensora.recipe import describe_run, digests_in_background
     from opensora.sample_plan import Plan, describe_plan, make_plan, settings_of
+
+    if world is not None:
+        from opensora.sample_ranks import share_tokens
 
     stop_if_requested()
     plan: Plan = make_plan(config, sources)
@@ -68,20 +96,25 @@ def generate(argv: Sequence[str], program: str = "opensora generate") -> int:
     for note in plan.notes:
         say(f"note: {note}")
     if config.dry_run or config.verbose > 1:
-        (print if config.dry_run else say)(describe_plan(plan))
+        main_rank = world is None or world.is_main
+        (print if config.dry_run and main_rank else say)(describe_plan(plan))
     if config.dry_run:
         return 0
 
-    shown = config.progress and not config.quiet and config.verbose > 0
+    writes = world is None or world.sp_rank == 0
+    batches = plan.batches if world is None else plan.batches[world.dp_rank :: world.dp_size]
+    shown = config.progress and say is not _quiet
     with _Bars(None if shown else False) as bars, _notes(say, plan.notes):
         pipe = load_parts(plan.parts, dtype=plan.dtype, device=plan.device, progress=bars)
         for path, weight in plan.loras:
             pipe.load_lora_weights(path, weight)
+        if world is not None:
+            share_tokens(pipe, world)
         stop_if_requested()
         digests = digests_in_background(pipe.sources)
         bars.close()
         say(f"models ready after {time.monotonic() - started:.1f} s")
-        for number, batch in enumerate(plan.batches):
+        for number, batch in enumerate(batches):
             begun = time.monotonic()
             upstream_goes_on = config.noise == "upstream" and number > 0
             seeds = [clip.seed for clip in batch]
@@ -100,10 +133,13 @@ def generate(argv: Sequence[str], program: str = "opensora generate") -> int:
                 aes=config.aes,
                 flow=config.flow,
                 camera_motion=config.camera_motion,
+                output_type="np" if writes else "latent",
                 progress=bars,
             )
             bars.close()
             stop_if_requested()
+            if not writes:
+                continue
             run = describe_run(
                 settings_of(plan),
                 plan.request,

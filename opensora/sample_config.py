@@ -123,6 +123,12 @@ class SampleConfig:
         env=True,
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps", group=MODELS, env=True)
+    sp_size: int | None = setting(
+        None,
+        "processes that share one clip, under torchrun (default: all that it started)",
+        group=MODELS,
+        minimum=1,
+    )
     offline: bool = setting(False, "never reach for a model hub", group=MODELS, env=True)
 
     save_dir: str = setting(

@@ -31,6 +31,9 @@ _OPERATIONS = {
 gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+# Parts of what gloo and NCCL say where they raise no type of their own.
+_BACKEND_WORDS = ("gloo", "nccl", "application timeout", "connection closed", "connection reset")
+
 # How long a failed rank waits for the others to say where they are.
 _ASKING_S = 3.0
 
@@ -62,12 +65,10 @@ def all_gather(tensor: Tensor, what: str, group: _Group = None) -> Tensor:
     """
     if not dist.is_initialized():
         return tensor[None]
-    tensor = tensor.contiguous()
-    size = dist.get_world_size(group)
-    result = tensor.new_empty(size * tensor.shape[0] if tensor.ndim else size, *tensor.shape[1:])
+    result = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
     with named("all_gather", what, group):
-        gather_into(result, tensor, group)
-    return result.view(size, *tensor.shape)
+        gather_into(result.flatten(), tensor.flatten(), group)
+    return result
 
 
 def all_gather_object(value: T, what: str, group: _Group = None) -> list[T]:
@@ -125,10 +126,31 @@ def named(call: str, what: str, group: _Group) -> Iterator[None]:
         name = "all processes" if name == "default_pg" else name
         raise CollectiveError(
             f"{label} failed on rank {dist.get_rank()}; group: {name}, "
-            f"ranks {', '.join(map(str, ranks))}. {_whereabouts(label, ranks)} Read the first "
-            "error of the rank that is missing; if it was only slow, start with a longer "
-            f"timeout_s. The backend said: {str(error).splitlines()[0]}"
+            f"ranks {', '.join(map(str, ranks))}. {_whereabouts(label, ranks)} "
+            f"The backend said: {str(error).splitlines()[0]}"
         ) from error
+
+
+@contextmanager
+def watched(what: str) -> Iterator[None]:
+    """Name what was being done when a collective failed that somebody else makes, as FSDP2 does.
+
+    Other errors pass unchanged.
+
+    Args:
+        what: "the backward pass of step 7".
+
+    Raises:
+        CollectiveError: in place of a backend's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        known = any(words in str(error).lower() for words in _BACKEND_WORDS)
+        if not dist.is_initialized() or not (known or isinstance(error, dist.DistError)):
+            raise
+        with named("a collective", what, None):
+            raise
 
 
 def _whereabouts(label: str, ranks: list[int]) -> str:
@@ -146,8 +168,12 @@ def _whereabouts(label: str, ranks: list[int]) -> str:
                     found[rank] = store.get(key).decode()
             time.sleep(0.05)
     except RuntimeError:  # the store's process is gone: then nobody can be asked
-        return "The process that knows the others is gone too."
+        return "So has the process that connects them, torchrun or rank 0: read its first error."
     silent = [str(rank) for rank in others if rank not in found]
     elsewhere = [f"rank {rank} was in {at}." for rank, at in found.items() if at != label]
-    words = [f"Not heard of: rank {', '.join(silent)}."] if silent else []
-    return " ".join(words + elsewhere) or "All its ranks failed in the same call."
+    if silent:
+        elsewhere.append(
+            f"Not heard of: rank {', '.join(silent)}; read the first error there, and if it was "
+            "only slow, start with a longer timeout_s."
+        )
+    return " ".join(elsewhere) or "All its ranks failed in this call."

@@ -109,7 +109,7 @@ def start(
     rank, size, local_rank = (
         (0, 1, 0) if alone else (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     )
-    _check_sizes(size, sp_size, replicate)
+    check_sizes(size, sp_size, replicate)
     chosen = choose_device(device)
     if chosen.type == "cuda" and chosen.index is None:
         chosen = choose_device(f"cuda:{local_rank}")
@@ -119,10 +119,30 @@ def start(
         return World(device=chosen, timeout_s=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    return World(
-        rank, size, local_rank, chosen, backend, sp_size, replicate, timeout_s,
-        *_make_meshes(chosen, size, sp_size, replicate),
-    )  # fmt: skip
+    world = World(rank, size, local_rank, chosen, backend, timeout_s=timeout_s)
+    return divide(world, sp_size, replicate)
+
+
+def divide(world: World, sp_size: int = 1, replicate: int = 1) -> World:
+    """Return the same processes, grouped in another way; every rank must call it.
+
+    Raises:
+        UsageError: as `start`.
+    """
+    check_sizes(world.size, sp_size, replicate)
+    world = replace(world, sp_size=sp_size, replicate=replicate)
+    if not world.backend:
+        return world
+    sides = (replicate, world.size // replicate // sp_size, sp_size)
+    names = ("replicate", "shard", "sequence")
+    kind = world.device.type
+    mesh = init_device_mesh(kind, sides, mesh_dim_names=names)
+    if replicate == 1:
+        shards = init_device_mesh(kind, (world.size,), mesh_dim_names=("shards",))
+    else:
+        two = (replicate, world.size // replicate)
+        shards = init_device_mesh(kind, two, mesh_dim_names=("copies", "shards"))
+    return replace(world, mesh=mesh, shard_mesh=shards)
 
 
 def start_group_of_one(world: World) -> World:
@@ -135,8 +155,7 @@ def start_group_of_one(world: World) -> World:
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    mesh, shards = _make_meshes(world.device, 1, 1, 1)
-    return replace(world, backend=backend, mesh=mesh, shard_mesh=shards)
+    return divide(replace(world, backend=backend))
 
 
 def stop() -> None:
@@ -145,19 +164,8 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _make_meshes(
-    device: torch.device, size: int, sp_size: int, replicate: int
-) -> tuple[DeviceMesh, DeviceMesh]:
-    """Return the mesh of three sides and the one to shard parameters over."""
-    sides = (replicate, size // replicate // sp_size, sp_size)
-    mesh = init_device_mesh(device.type, sides, mesh_dim_names=("replicate", "shard", "sequence"))
-    if replicate == 1:
-        return mesh, init_device_mesh(device.type, (size,), mesh_dim_names=("shards",))
-    two = (replicate, size // replicate)
-    return mesh, init_device_mesh(device.type, two, mesh_dim_names=("copies", "shards"))
-
-
-def _check_sizes(size: int, sp_size: int, replicate: int) -> None:
+def check_sizes(size: int, sp_size: int, replicate: int) -> None:
+    """Raise UsageError where processes cannot be divided like that, and say how they can."""
     if sp_size < 1 or replicate < 1:
         raise UsageError(f"sp_size {sp_size} and replicate {replicate} must be 1 or more")
     if size % (sp_size * replicate) == 0:

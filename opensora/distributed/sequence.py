@@ -15,15 +15,22 @@ B batch, N tokens, H heads, D head width; n ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from opensora.distributed.collectives import gather_into, named, reduce_scatter_into
+from opensora.distributed.collectives import (
+    broadcast_object,
+    gather_into,
+    named,
+    reduce_scatter_into,
+)
 from opensora.distributed.mesh import World
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,14 @@ class Sequence:
     def local(self, length: int) -> int:
         """Return how many of `length` places a rank holds, the padding counted."""
         return -(-length // self.size)
+
+    def agree(self, value: T, what: str) -> T:
+        """Return the first rank's value on all: what they must not each draw for themselves.
+
+        Raises:
+            CollectiveError: a rank did not arrive.
+        """
+        return broadcast_object(value, what, dist.get_global_rank(self.group, 0), self.group)
 
     def split(self, x: Tensor, dim: int) -> Tensor:
         """Return this rank's part of a tensor that every rank has; no communication."""

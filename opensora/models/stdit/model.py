@@ -196,7 +196,8 @@ class STDiT3(PretrainedMixin, nn.Module):
         x = x.to(dtype)
         shards = None
         if self.sequence is not None:
-            shards = TokenShards(self.sequence, frames, rows * columns, x_mask)
+            dropped = self.training and self.config.drop_path > 0
+            shards = TokenShards(self.sequence, (batch, frames, rows * columns), dropped)
             x = shards.latent(x, self.config.patch_size[0])
         conditions = [
             Modulation(row, x_mask, None if rows0 is None else rows0[i])
@@ -209,16 +210,16 @@ class STDiT3(PretrainedMixin, nn.Module):
         apart = [always or (block.recompute and recorded) for block in blocks] + [True]
         tokens, normed = self.x_embedder(x, positions), None
         for i, block in enumerate(blocks):
-            modulation, held = conditions[i], frames
+            modulation, own_text, own_frames = conditions[i], texts[i], frames
             if shards is not None:
                 tokens = shards.arrange(tokens, block.temporal)
-                held = shards.local_frames(block.temporal)
-                modulation = modulation._replace(select=shards.x_mask(block.temporal))
+                modulation, own_text = shards.conditions(modulation, own_text)
+                own_frames = shards.frames()
             tokens, normed = block(
                 tokens,
-                texts[i],
+                own_text,
                 modulation,
-                held,
+                own_frames,
                 rotary=rotary if block.temporal else None,
                 normed=normed,
                 following=None if any(apart[i : i + 2]) else conditions[i + 1],
