@@ -28,10 +28,11 @@ import torch
 from opensora.captions import clean_prompt, plain_caption
 from opensora.config import parse_command_line, setting
 from opensora.data.batch import Dataset, Sample, SampleError, Size
+from opensora.data.buckets import Buckets
 from opensora.data.dataset import build_dataset
 from opensora.data.feature_shards import FeatureRow, FeatureWriter
 from opensora.data.quarantine import Quarantine
-from opensora.data.sampler import build_sampler
+from opensora.data.sampler import BatchSampler
 from opensora.devices import DTYPES, choose_device, choose_dtype
 from opensora.errors import UsageError
 from opensora.feature_encoders import Encoders, load_encoders
@@ -141,12 +142,11 @@ def _sizes(config: ExtractConfig, dataset: Dataset) -> Callable[[int], tuple[Siz
                 "image_size"
             )
         return lambda index: (fixed, 1) if entries[index].num_frames > 0 else None
-    sampler: Any = build_sampler(
+    sampler = BatchSampler(
         entries,
-        bucket_config=config.bucket_config,
+        Buckets(config.bucket_config, strict=getattr(dataset, "strict_buckets", True)),
         frame_interval=getattr(dataset, "frame_interval", 1),
         seed=config.seed,
-        strict=getattr(dataset, "strict_buckets", True),
     )
 
     def choose(index: int) -> tuple[Size, int] | None:

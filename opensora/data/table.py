@@ -77,12 +77,15 @@ class Table:
         return f"{self.path.name}:{row.line} {shown}"
 
 
-def read_table(path: str | Path, root: str | Path | None = None) -> Table:
+def read_table(
+    path: str | Path, root: str | Path | None = None, *, check_files: bool = True
+) -> Table:
     """Read a table of clips.
 
     Args:
         path: .csv, .tsv, .txt or .parquet.
         root: folder that relative paths begin at; the table's own if None.
+        check_files: refuse a table none of whose files is there. Caches do without the files.
 
     Raises:
         UsageError: the table is missing, empty, not a table, lacks `path`, names a column twice, or
@@ -103,7 +106,8 @@ def read_table(path: str | Path, root: str | Path | None = None) -> Table:
     if not rows:
         raise UsageError(f"table {path} has a header and no rows")
     table = Table(path, folder, columns, rows)
-    _check_files(table, root)
+    if check_files:
+        _check_files(table, root)
     return table
 
 
