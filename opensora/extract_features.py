@@ -17,24 +17,26 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opensora.captions import clean_prompt, plain_caption
 from opensora.config import parse_command_line, setting
-from opensora.data.batch import Dataset, Sample, SampleError, Size
+from opensora.data.batch import Dataset, Entry, Sample, SampleError, Size
 from opensora.data.buckets import Buckets
 from opensora.data.dataset import build_dataset
 from opensora.data.feature_shards import FeatureRow, FeatureWriter
 from opensora.data.quarantine import Quarantine
 from opensora.data.sampler import BatchSampler
+from opensora.data.table import read_table
 from opensora.devices import DTYPES, choose_device, choose_dtype
-from opensora.errors import UsageError
+from opensora.errors import NonFiniteError, UsageError
 from opensora.feature_encoders import Encoders, load_encoders
 from opensora.pipeline_parts import PipelineParts
 from opensora.program import run_program, stop_if_requested
@@ -95,6 +97,23 @@ class Task:
     name: str
     text: str | None
     size: Size
+
+
+class _Captions:
+    """List a table's rows for their texts alone; the files need not be there."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        if not settings.get("data_path"):
+            raise UsageError(
+                "no table was given; set dataset.data_path or use --data-path meta.csv"
+            )
+        self.table = read_table(settings["data_path"], settings.get("root"), check_files=False)
+
+    def entries(self) -> Sequence[Entry]:
+        return [Entry(self.table.name(row), 0, 0, 0) for row in self.table.rows]
+
+    def load(self, index: int, size: Size, rng: random.Random) -> Sample:
+        return Sample(text=self.table.rows[index].text or "")
 
 
 def plan_tasks(config: ExtractConfig, dataset: Dataset, writer: FeatureWriter) -> list[list[Task]]:
@@ -174,22 +193,28 @@ def extract(
     done = failed = 0
     begun = said = time.monotonic()
     with writer:
-        for tasks, rows in _read_ahead(config, dataset, batches):
+        for tasks, read in _read_ahead(config, dataset, batches):
             stop_if_requested()
             good: list[tuple[Task, Sample]] = []
-            for task, row in zip(tasks, rows, strict=True):
-                if isinstance(row, Sample):
-                    good.append((task, row))
+            for task, result in zip(tasks, read, strict=True):
+                if isinstance(result, Sample):
+                    good.append((task, result))
                     continue
                 failed += 1
-                quarantine.add(task.name, row)
-                say(f"left out: {task.name}: {row}")
-            samples = [sample for _, sample in good]
-            for (task, sample), tensors in zip(
-                good, encoders.encode(samples) if samples else [], strict=True
-            ):
-                stored = FeatureRow(task.name, task.size, sample.fps, sample.text or "")
-                writer.add(stored, tensors)
+                quarantine.add(task.name, result)
+                say(f"left out: {task.name}: {result}")
+            made = _encode(encoders, [sample for _, sample in good])
+            errors = [tensors for tensors in made if isinstance(tensors, NonFiniteError)]
+            if errors and len(errors) == len(made) and done == failed and not writer.known:
+                raise errors[0]  # nothing ever came out well: no fault of these rows
+            for (task, sample), tensors in zip(good, made, strict=True):
+                if isinstance(tensors, NonFiniteError):
+                    failed += 1
+                    quarantine.add(task.name, SampleError(str(tensors)))
+                    say(f"left out: {task.name}: {tensors}")
+                    continue
+                row = FeatureRow(task.name, task.size, sample.fps, sample.text or "")
+                writer.add(row, tensors)
             done += len(tasks)
             now = time.monotonic()
             if now - said >= config.log_every or done == total:
@@ -198,6 +223,18 @@ def extract(
                 left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
                 say(f"{done}/{total} rows, {rate:.2f} rows/s, {left} left, {failed} left out")
     return done - failed
+
+
+def _encode(
+    encoders: Encoders, samples: Sequence[Sample]
+) -> list[dict[str, Tensor] | NonFiniteError]:
+    """Encode samples together; where the result is not finite, one by one to find which."""
+    try:
+        return [*encoders.encode(samples)] if samples else []
+    except NonFiniteError as error:
+        if len(samples) == 1:
+            return [error]
+    return [made for sample in samples for made in _encode(encoders, [sample])]
 
 
 def _read_ahead(
@@ -245,7 +282,7 @@ def run(config: ExtractConfig, say: Callable[[str], None] = lambda message: None
     given = dict(config.dataset or {})
     if config.data_path is not None:
         given["data_path"] = config.data_path
-    dataset = build_dataset(given)
+    dataset = build_dataset(given) if config.save_latents else _Captions(given)
     parts = PipelineParts.from_config(
         vae=config.vae, text_encoder=config.text_encoder, ckpt_path=config.ckpt_path
     )
@@ -264,6 +301,8 @@ def run(config: ExtractConfig, say: Callable[[str], None] = lambda message: None
     settings["clean_captions"] = config.clean_captions if save_text else None
     settings["frame_interval"] = getattr(dataset, "frame_interval", 1)
     settings["seed"] = config.seed if config.save_latents else None
+    if hasattr(dataset, "table"):
+        settings["root"] = str(dataset.table.root.resolve())
     writer = FeatureWriter(Path(config.outputs), settings, config.bin_size)
     return extract(config, dataset, encoders, writer, say)
 

@@ -30,7 +30,7 @@ from opensora.data.feature_shards import FeatureRow, FeatureWriter, read_rows
 from opensora.data.features import CachedFeatures, TextFeatures, WithTextFeatures, normal
 from opensora.data.loader import Loader
 from opensora.errors import NonFiniteError, UsageError
-from opensora.extract_features import ExtractConfig, main, run
+from opensora.extract_features import ExtractConfig, extract, main, run
 from opensora.feature_encoders import Encoders, digests
 from opensora.models.stdit import STDiT3
 from opensora.pipeline import OpenSoraPipeline
@@ -306,6 +306,10 @@ def test_text_alone_is_stored_and_joined_to_other_datasets(
     assert run(config) == 0
     with pytest.raises(UsageError, match="holds no latents"):
         CachedFeatures(config.outputs)
+    (tmp_path / "gone.csv").write_text("video,caption\nnowhere.mp4,a thing\n")
+    gone = settings(tmp_path / "gone.csv", pipeline_folder, tmp_path / "gone", save_latents=False)
+    assert run(gone) == 1
+    assert TextFeatures(gone.outputs).states("a thing").shape[1] == 24
     joined: Any = build_dataset(
         {"type": "WithTextFeatures", "dataset": extracted.dataset, "features": config.outputs}
     )
@@ -332,6 +336,25 @@ def test_values_that_do_not_fit_are_refused() -> None:
 
     with pytest.raises(NonFiniteError, match=r"beyond torch.float16; use --features-dtype fp32"):
         Encoders(text_encoder=Huge()).encode([Sample(text="")])
+
+
+def test_a_clip_of_bad_values_is_left_out_alone(tmp_path: Path, pipeline_folder: Path) -> None:
+    table = write_table(tmp_path, 4)
+    config = settings(table, pipeline_folder, tmp_path / "features", batch_size=3, num_workers=1)
+    dataset = build_dataset(config.dataset or {})
+
+    class Brittle(Encoders):
+        def encode(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
+            if any("of 1" in (sample.text or "") for sample in samples):
+                raise NonFiniteError("NaN")
+            return [{"text": torch.ones(1, 1)} for _ in samples]
+
+    writer = FeatureWriter(tmp_path / "features", {"text_encoder": "x"})
+    assert extract(config, dataset, Brittle(), writer) == 3
+    assert "01.png" in (tmp_path / "features/quarantine.jsonl").read_text()
+    alone = dataclasses.replace(config, start_index=1, end_index=2)
+    with pytest.raises(NonFiniteError):
+        extract(alone, dataset, Brittle(), FeatureWriter(tmp_path / "other", {}))
 
 
 def fill(folder: Path, rows: int, sizes: Sequence[Size], per_shard: int = 25) -> None:
