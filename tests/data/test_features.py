@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import pkgutil
 import random
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from opensora.data.batch import Entry, Sample, SampleError, Size
 from opensora.data.dataset import build_dataset
 from opensora.data.feature_bins import BatchFeatureDataset
 from opensora.data.feature_npz import NpzFeatures
-from opensora.data.feature_sampler import StoredSampler
+from opensora.data.feature_sampler import StoredSampler, sampler_for
 from opensora.data.feature_shards import FeatureRow, FeatureWriter, read_rows
 from opensora.data.features import CachedFeatures, TextFeatures, WithTextFeatures, normal
 from opensora.data.loader import Loader
@@ -39,7 +40,7 @@ from opensora.pipeline_parts import PipelineParts
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
 ROOT = Path(__file__).parents[2]
-SIZE = Size(5, 32, 48)
+SIZE = Size(5, 16, 24)
 
 
 def write_table(folder: Path, count: int) -> Path:
@@ -161,11 +162,18 @@ def test_model_sees_the_same_with_stored_text(
         )
 
 
-EXTRACT = "import sys; from opensora.extract_features import main; sys.exit(main(sys.argv[1:]))"
+EXTRACT = """
+import sys, time
+from opensora.data.feature_shards import FeatureWriter
+from opensora.extract_features import main
+flush = FeatureWriter.flush
+FeatureWriter.flush = lambda self: (time.sleep(0.04), flush(self))  # so that there is time to kill
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def test_a_killed_extraction_goes_on(tmp_path: Path, pipeline_folder: Path) -> None:
-    table = write_table(tmp_path, 24)
+    table = write_table(tmp_path, 16)
     config = settings(table, pipeline_folder, tmp_path / "killed", bin_size=1)
     file = tmp_path / "config.py"
     given = {
@@ -190,16 +198,16 @@ def test_a_killed_extraction_goes_on(tmp_path: Path, pipeline_folder: Path) -> N
         process.send_signal(signal.SIGKILL)
         said = process.communicate()[1]
     before = {p.name: p.read_bytes() for p in folder.glob("shard-*")}
-    assert 3 <= len(before) < 24, said
+    assert 3 <= len(before) < 16, said
     (folder / "index.jsonl").open("ab").write(b'{"shard": "shard-000')  # as a power cut leaves it
-    assert run(config) == 24 - len(before)
+    assert run(config) == 16 - len(before)
     assert run(config) == 0
     assert all((folder / name).read_bytes() == data for name, data in before.items())
     whole = dataclasses.replace(config, outputs=str(tmp_path / "whole"), bin_size=7)
-    assert run(whole) == 24
+    assert run(whole) == 16
     pair = [CachedFeatures(c.outputs, random_latents=False) for c in (config, whole)]
     rows = [{e.name: i for i, e in enumerate(c.entries())} for c in pair]
-    assert len(rows[0]) == 24
+    assert len(rows[0]) == 16
     assert rows[0].keys() == rows[1].keys()
     for name in rows[0]:
         one, other = (
@@ -588,6 +596,65 @@ def test_npz_caches_are_scaled_and_cut(tmp_path: Path) -> None:
     drawn = {s for epoch in range(8) for s in [sampler.size(epoch, 0)]}
     assert drawn == {small, large}
     assert {i for b in sampler.epoch(0) for i in b.indices} == {0, 1}
+
+
+MOMENTS = ("save_file", "flush", "os.link", "json.dumps", "os.getpid")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_at_any_moment_of_writing_costs_one_shard_at_most(
+    tmp_path: Path, moment: str, after: bool
+) -> None:
+    size = Size(1, 8, 8)
+
+    def add(writer: FeatureWriter, numbers: range) -> None:
+        for i in numbers:
+            row = FeatureRow(f"{i}", size, 24.0, f"text {i}")
+            if row.key not in writer.known:
+                writer.add(row, {"latent": torch.full((1, 1, 1, 1), i)})
+
+    add(FeatureWriter(tmp_path, {}, 2), range(4))
+    child = os.fork()
+    if child == 0:  # ends within the third shard, with no chance to clean up
+        patch = pytest.MonkeyPatch()
+        name = f"opensora.data.feature_shards.{moment}"
+        real = pkgutil.resolve_name(name)
+
+        def die(*arguments: Any, **named: Any) -> None:
+            if after:
+                real(*arguments, **named)
+            os._exit(9)
+
+        try:
+            writer = FeatureWriter(tmp_path, {}, 2)
+            patch.setattr(name, die)
+            add(writer, range(8))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    stored = {row.name for row in read_rows(tmp_path)}
+    assert stored in ({"0", "1", "2", "3"}, {"0", "1", "2", "3", "4", "5"})
+    with FeatureWriter(tmp_path, {}, 2) as writer:
+        assert {name for name, _ in writer.known} == stored
+        add(writer, range(8))
+    features = CachedFeatures(tmp_path)
+    loaded = [features.load(i, size, random.Random(0)) for i in range(8)]
+    assert [sample.text for sample in loaded] == [f"text {i}" for i in range(8)]
+    assert len(list(tmp_path.glob("shard-*"))) == 4
+
+
+def test_a_run_without_steps_is_refused(tmp_path: Path, extracted: ExtractConfig) -> None:
+    fill(tmp_path, 5, [Size(1, 64, 64)])
+    features = CachedFeatures(tmp_path)
+    assert sampler_for(features, batch_size=2, replicas=2).length(0) == 2
+    with pytest.raises(UsageError, match="0 steps: 5 rows of features"):
+        sampler_for(features, batch_size=3, replicas=2)
+    assert extracted.dataset is not None
+    pixels = build_dataset(extracted.dataset)
+    assert sampler_for(pixels, batch_size=2).length(0) == 3
+    with pytest.raises(UsageError, match="0 steps"):
+        sampler_for(WithTextFeatures(pixels, extracted.outputs), batch_size=7)
 
 
 def test_several_writers_share_a_folder(tmp_path: Path) -> None:
