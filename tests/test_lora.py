@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ CONFIG = {
     "model_max_length": 8,
     "class_dropout_prob": 0.0,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small only wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def build(seed: int = 0) -> STDiT3:
@@ -369,6 +379,7 @@ def train_sharded(rank: int, folder: Path) -> None:
 
 RANK_ONE = """
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
