@@ -116,12 +116,19 @@ class _Captions:
         return Sample(text=self.table.rows[index].text or "")
 
 
-def plan_tasks(config: ExtractConfig, dataset: Dataset, writer: FeatureWriter) -> list[list[Task]]:
-    """Return the batches to encode: rows of one size together, stored ones left out."""
+def plan_tasks(
+    config: ExtractConfig, dataset: Dataset, writer: FeatureWriter
+) -> tuple[list[list[Task]], int]:
+    """Return the batches to encode, rows of one size together and stored ones left out.
+
+    Returns:
+        The batches, and how many rows fit no bucket or cannot be read.
+    """
     entries = dataset.entries()
     rows = range(*slice(config.start_index, config.end_index).indices(len(entries)))
     table = getattr(dataset, "table", None)
     batches: list[list[Task]] = []
+    unfit = 0
     waiting: dict[Size, list[Task]] = {}
     texts = set() if config.overwrite else {row.text for row in writer.known.values()}
     choose = _sizes(config, dataset) if config.save_latents else lambda index: (NO_SIZE, 64)
@@ -134,6 +141,7 @@ def plan_tasks(config: ExtractConfig, dataset: Dataset, writer: FeatureWriter) -
             name = (path.relative_to(table.root) if inside else path).as_posix()
         chosen = choose(index)
         if chosen is None:
+            unfit += 1
             continue
         size, batch_size = chosen
         known = writer.known.get((name, size))
@@ -147,7 +155,7 @@ def plan_tasks(config: ExtractConfig, dataset: Dataset, writer: FeatureWriter) -
         group.append(Task(index, name, text, size))
         if len(group) >= (config.batch_size or batch_size):
             batches.append(waiting.pop(size))
-    return batches + list(waiting.values())
+    return batches + list(waiting.values()), unfit
 
 
 def _sizes(config: ExtractConfig, dataset: Dataset) -> Callable[[int], tuple[Size, int] | None]:
@@ -187,9 +195,14 @@ def extract(
     Rows that cannot be read are noted in quarantine.jsonl beside the features.
     """
     quarantine = Quarantine(writer.folder)
-    batches = plan_tasks(config, dataset, writer)
+    batches, unfit = plan_tasks(config, dataset, writer)
     total = sum(len(batch) for batch in batches)
     say(f"{total} rows to encode, {len(writer.known)} are stored")
+    if unfit:
+        say(
+            f"{unfit} rows fit no bucket or cannot be read; `opensora data explain TABLE --config "
+            "CONFIG` says why"
+        )
     done = failed = 0
     begun = said = time.monotonic()
     with writer:

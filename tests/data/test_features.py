@@ -301,7 +301,9 @@ def test_program_encodes_by_buckets_with_the_built_in_model(
     out = tmp_path / "features"
     arguments = [str(config), "--data-path", str(table), "--outputs", str(out), "--device", "cpu"]
     assert main(arguments) == 0
-    assert "2 rows encoded" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "2 rows encoded" in printed.out
+    assert "1 rows fit no bucket or cannot be read" in printed.err
     features = CachedFeatures(out)
     size = Size(1, 144, 256)
     assert features.sizes() == [[size]] * 2
