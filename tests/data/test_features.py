@@ -31,7 +31,8 @@ from opensora.data.feature_shards import FeatureRow, FeatureWriter, read_rows
 from opensora.data.features import CachedFeatures, TextFeatures, WithTextFeatures, normal
 from opensora.data.loader import Loader
 from opensora.errors import NonFiniteError, UsageError
-from opensora.extract_features import ExtractConfig, extract, main, run
+from opensora.extract_config import ExtractConfig
+from opensora.extract_features import extract, main, run
 from opensora.feature_encoders import Encoders, digests
 from opensora.models.stdit import STDiT3
 from opensora.pipeline import OpenSoraPipeline
