@@ -17,74 +17,32 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opensora.captions import clean_prompt, plain_caption
-from opensora.config import parse_command_line, setting
-from opensora.data.batch import Dataset, Sample, SampleError, Size
+from opensora.config import parse_command_line
+from opensora.data.batch import Dataset, Entry, Sample, SampleError, Size
 from opensora.data.buckets import Buckets
 from opensora.data.dataset import build_dataset
 from opensora.data.feature_shards import FeatureRow, FeatureWriter
 from opensora.data.quarantine import Quarantine
 from opensora.data.sampler import BatchSampler
+from opensora.data.table import read_table
 from opensora.devices import DTYPES, choose_device, choose_dtype
-from opensora.errors import UsageError
+from opensora.errors import NonFiniteError, UsageError
+from opensora.extract_config import ExtractConfig
 from opensora.feature_encoders import Encoders, load_encoders
 from opensora.pipeline_parts import PipelineParts
 from opensora.program import run_program, stop_if_requested
 
 NO_SIZE = Size(0, 0, 0)
-_TRAINING = "accepted; it belongs to training"
-
-
-@dataclass(frozen=True)
-class ExtractConfig:
-    """Hold the settings of an extraction; see `--help`."""
-
-    # Dicts with `type`; ruff takes a dict default for a mutable one.
-    dataset: dict[str, Any] | None = setting(None, "table of clips")  # noqa: RUF009
-    bucket_config: dict[str, Any] | None = setting(None, "sizes of clips")  # noqa: RUF009
-    vae: dict[str, Any] | None = setting(None, "video autoencoder")  # noqa: RUF009
-    text_encoder: dict[str, Any] | None = setting(None, "text encoder")  # noqa: RUF009
-    data_path: str | None = setting(None, "table; stands in for dataset.data_path")
-    ckpt_path: str | None = setting(None, "pipeline whose VAE and text encoder are taken")
-    outputs: str = setting("outputs/features", "folder of the features")
-    save_latents: bool = setting(True, "encode the clips")
-    save_text_features: bool = setting(False, "encode the captions")
-    save_compressed_text_features: bool = setting(
-        False, "the same: states are stored without padding either way"
-    )
-    save_distribution: bool = setting(
-        True, "store mean and deviation of latents, so that training draws them; no: one draw"
-    )
-    clean_captions: bool = setting(True, "clean captions as Open-Sora does before it encodes them")
-    features_dtype: str = setting(
-        "fp16", "type of what is stored", choices=("fp32", "bf16", "fp16")
-    )
-    dtype: str | None = setting(
-        None, "precision of the models (default: bf16 on a GPU, fp32 on a CPU)", env=True
-    )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1", env=True)
-    seed: int = setting(1024, "of buckets and of the frames that are read", minimum=0)
-    batch_size: int | None = setting(None, "clips together (default: the bucket's)", minimum=1)
-    bin_size: int = setting(250, "rows a shard; a kill costs at most these", minimum=1)
-    num_workers: int = setting(4, "threads that read clips", minimum=1)
-    start_index: int = setting(0, "first row of the table", minimum=0)
-    end_index: int | None = setting(None, "row to stop before", minimum=0)
-    overwrite: bool = setting(False, "encode rows anew that are stored already")
-    log_every: float = setting(10.0, "seconds between lines of progress", minimum=0)
-
-    model: dict[str, Any] | None = setting(None, "no effect", note=_TRAINING)  # noqa: RUF009
-    wandb: bool = setting(False, "no effect", note=_TRAINING)
-    epochs: int | None = setting(None, "no effect", note="accepted; rows are encoded once")
-    num_bucket_build_workers: int | None = setting(None, "no effect", note=_TRAINING)
-    log_time: bool = setting(False, "no effect", note="accepted; progress shows rows a second")
 
 
 @dataclass(frozen=True)
@@ -97,12 +55,36 @@ class Task:
     size: Size
 
 
-def plan_tasks(config: ExtractConfig, dataset: Dataset, writer: FeatureWriter) -> list[list[Task]]:
-    """Return the batches to encode: rows of one size together, stored ones left out."""
+class _Captions:
+    """List a table's rows for their texts alone; the files need not be there."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        if not settings.get("data_path"):
+            raise UsageError(
+                "no table was given; set dataset.data_path or use --data-path meta.csv"
+            )
+        self.table = read_table(settings["data_path"], settings.get("root"), check_files=False)
+
+    def entries(self) -> Sequence[Entry]:
+        return [Entry(self.table.name(row), 0, 0, 0) for row in self.table.rows]
+
+    def load(self, index: int, size: Size, rng: random.Random) -> Sample:
+        return Sample(text=self.table.rows[index].text or "")
+
+
+def plan_tasks(
+    config: ExtractConfig, dataset: Dataset, writer: FeatureWriter
+) -> tuple[list[list[Task]], int]:
+    """Return the batches to encode, rows of one size together and stored ones left out.
+
+    Returns:
+        The batches, and how many rows fit no bucket or cannot be read.
+    """
     entries = dataset.entries()
     rows = range(*slice(config.start_index, config.end_index).indices(len(entries)))
     table = getattr(dataset, "table", None)
     batches: list[list[Task]] = []
+    unfit = 0
     waiting: dict[Size, list[Task]] = {}
     texts = set() if config.overwrite else {row.text for row in writer.known.values()}
     choose = _sizes(config, dataset) if config.save_latents else lambda index: (NO_SIZE, 64)
@@ -115,6 +97,7 @@ def plan_tasks(config: ExtractConfig, dataset: Dataset, writer: FeatureWriter) -
             name = (path.relative_to(table.root) if inside else path).as_posix()
         chosen = choose(index)
         if chosen is None:
+            unfit += 1
             continue
         size, batch_size = chosen
         known = writer.known.get((name, size))
@@ -128,7 +111,7 @@ def plan_tasks(config: ExtractConfig, dataset: Dataset, writer: FeatureWriter) -
         group.append(Task(index, name, text, size))
         if len(group) >= (config.batch_size or batch_size):
             batches.append(waiting.pop(size))
-    return batches + list(waiting.values())
+    return batches + list(waiting.values()), unfit
 
 
 def _sizes(config: ExtractConfig, dataset: Dataset) -> Callable[[int], tuple[Size, int] | None]:
@@ -168,28 +151,39 @@ def extract(
     Rows that cannot be read are noted in quarantine.jsonl beside the features.
     """
     quarantine = Quarantine(writer.folder)
-    batches = plan_tasks(config, dataset, writer)
+    batches, unfit = plan_tasks(config, dataset, writer)
     total = sum(len(batch) for batch in batches)
     say(f"{total} rows to encode, {len(writer.known)} are stored")
+    if unfit:
+        say(
+            f"{unfit} rows fit no bucket or cannot be read; `opensora data explain TABLE --config "
+            "CONFIG` says why"
+        )
     done = failed = 0
     begun = said = time.monotonic()
     with writer:
-        for tasks, rows in _read_ahead(config, dataset, batches):
+        for tasks, read in _read_ahead(config, dataset, batches):
             stop_if_requested()
             good: list[tuple[Task, Sample]] = []
-            for task, row in zip(tasks, rows, strict=True):
-                if isinstance(row, Sample):
-                    good.append((task, row))
+            for task, result in zip(tasks, read, strict=True):
+                if isinstance(result, Sample):
+                    good.append((task, result))
                     continue
                 failed += 1
-                quarantine.add(task.name, row)
-                say(f"left out: {task.name}: {row}")
-            samples = [sample for _, sample in good]
-            for (task, sample), tensors in zip(
-                good, encoders.encode(samples) if samples else [], strict=True
-            ):
-                stored = FeatureRow(task.name, task.size, sample.fps, sample.text or "")
-                writer.add(stored, tensors)
+                quarantine.add(task.name, result)
+                say(f"left out: {task.name}: {result}")
+            made = _encode(encoders, [sample for _, sample in good])
+            errors = [tensors for tensors in made if isinstance(tensors, NonFiniteError)]
+            if errors and len(errors) == len(made) and done == failed and not writer.known:
+                raise errors[0]  # nothing ever came out well: no fault of these rows
+            for (task, sample), tensors in zip(good, made, strict=True):
+                if isinstance(tensors, NonFiniteError):
+                    failed += 1
+                    quarantine.add(task.name, SampleError(str(tensors)))
+                    say(f"left out: {task.name}: {tensors}")
+                    continue
+                row = FeatureRow(task.name, task.size, sample.fps, sample.text or "")
+                writer.add(row, tensors)
             done += len(tasks)
             now = time.monotonic()
             if now - said >= config.log_every or done == total:
@@ -198,6 +192,18 @@ def extract(
                 left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
                 say(f"{done}/{total} rows, {rate:.2f} rows/s, {left} left, {failed} left out")
     return done - failed
+
+
+def _encode(
+    encoders: Encoders, samples: Sequence[Sample]
+) -> list[dict[str, Tensor] | NonFiniteError]:
+    """Encode samples together; where the result is not finite, one by one to find which."""
+    try:
+        return [*encoders.encode(samples)] if samples else []
+    except NonFiniteError as error:
+        if len(samples) == 1:
+            return [error]
+    return [made for sample in samples for made in _encode(encoders, [sample])]
 
 
 def _read_ahead(
@@ -245,7 +251,7 @@ def run(config: ExtractConfig, say: Callable[[str], None] = lambda message: None
     given = dict(config.dataset or {})
     if config.data_path is not None:
         given["data_path"] = config.data_path
-    dataset = build_dataset(given)
+    dataset = build_dataset(given) if config.save_latents else _Captions(given)
     parts = PipelineParts.from_config(
         vae=config.vae, text_encoder=config.text_encoder, ckpt_path=config.ckpt_path
     )
@@ -264,6 +270,8 @@ def run(config: ExtractConfig, say: Callable[[str], None] = lambda message: None
     settings["clean_captions"] = config.clean_captions if save_text else None
     settings["frame_interval"] = getattr(dataset, "frame_interval", 1)
     settings["seed"] = config.seed if config.save_latents else None
+    if hasattr(dataset, "table"):
+        settings["root"] = str(dataset.table.root.resolve())
     writer = FeatureWriter(Path(config.outputs), settings, config.bin_size)
     return extract(config, dataset, encoders, writer, say)
 

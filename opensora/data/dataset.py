@@ -14,6 +14,9 @@ from typing import Any
 from opensora.config_file import suggest
 from opensora.data import transforms
 from opensora.data.batch import Dataset, Entry, Sample, SampleError, Size
+from opensora.data.feature_bins import BatchFeatureDataset
+from opensora.data.feature_npz import NpzFeatures
+from opensora.data.features import CachedFeatures, with_text_features
 from opensora.data.image import is_image, read_image
 from opensora.data.probe import Facts, probe_table
 from opensora.data.quarantine import UnreadableError
@@ -159,6 +162,10 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "VariableVideoTextDataset": VariableVideoTextDataset,
     "VideoTextDataset": VideoTextDataset,
     "ShapesDataset": ShapesDataset,
+    "CachedFeatures": CachedFeatures,
+    "BatchFeatureDataset": BatchFeatureDataset,
+    "NpzFeatures": NpzFeatures,
+    "WithTextFeatures": with_text_features,
 }
 
 

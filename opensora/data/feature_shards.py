@@ -34,8 +34,18 @@ from opensora.files import flush, write_error, write_text
 SETTINGS, INDEX = "features.json", "index.jsonl"
 FORMAT = "opensora features 1"
 #: Entries of features.json that must agree; others are notes.
-BINDING = ("format", "latent", "vae", "text_encoder", "max_length", "clean_captions", "dtype",
-           "frame_interval", "seed")  # fmt: skip
+BINDING = (
+    "format",
+    "latent",
+    "vae",
+    "text_encoder",
+    "max_length",
+    "clean_captions",
+    "dtype",
+    "frame_interval",
+    "seed",
+    "root",  # two tables may have a clip of one name
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,9 +216,10 @@ def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any
     """
     for key in BINDING:
         if stored.get(key) != wanted.get(key):
+            moved = f'; if the clips were moved, set "root" in {SETTINGS}' if key == "root" else ""
             raise UsageError(
                 f"{folder} holds features made with {key} {stored.get(key)!r}, this run has "
-                f"{wanted.get(key)!r}; give another folder, or remove this one"
+                f"{wanted.get(key)!r}; give another folder, or remove this one{moved}"
             )
 
 

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -122,7 +123,10 @@ class Loader:
             # The threads of an operation are each caller's own affair, once it has asked for them.
             torch.get_num_threads()
             torch.set_num_threads(1)
-            ready.wait()
+            # Where the barrier is given up before this thread has left it, it would end with an
+            # error, and closing the pool would wait for ever.
+            with suppress(threading.BrokenBarrierError):
+                ready.wait()
 
         def row(step: Step, index: int) -> Sample | SampleError:
             return SampleError("stopped") if stop.is_set() else self._row(step, index)

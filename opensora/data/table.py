@@ -85,7 +85,7 @@ def read_table(
     Args:
         path: .csv, .tsv, .txt or .parquet.
         root: folder that relative paths begin at; the table's own if None.
-        check_files: refuse a table none of whose files is there; False where only names count.
+        check_files: refuse a table none of whose files is there. Caches do without the files.
 
     Raises:
         UsageError: the table is missing, empty, not a table, lacks `path`, names a column twice, or

@@ -78,7 +78,7 @@ def losses(folder: Path) -> list[float]:
 
 def newest(folder: Path) -> dict[str, Tensor]:
     """Return the tensors of the newest checkpoint but for generators that nothing uses."""
-    path = max(checkpoints(folder), key=lambda saved: saved.serial).path
+    path = max(checkpoints(folder), key=lambda saved: saved.serial).folder
     tensors = {}
     for file in sorted(path.glob("*.safetensors")):
         tensors.update(load_file(file))
