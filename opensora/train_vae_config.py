@@ -152,6 +152,8 @@ class TrainVAEConfig:
             UsageError: see `clip`.
         """
         frames, height, width = self.clip()
+        if self.dataset.get("type") == "ShapesDataset":
+            return dict(self.dataset)
         settings = {"type": "VideoTextDataset", "frame_interval": 1, **self.dataset}
         settings |= {"num_frames": frames, "image_size": (height, width)}
         if self.data_path is not None:
@@ -165,7 +167,7 @@ class TrainVAEConfig:
             UsageError: says which, and what to type.
         """
         kind = self.dataset.get("type", "VideoTextDataset")
-        if kind != "VideoTextDataset":
+        if kind not in ("VideoTextDataset", "ShapesDataset"):
             raise UsageError(
                 f"dataset.type {kind!r}: VAEs train on clips of one size, type "
                 f"'VideoTextDataset'{suggest(str(kind), ['VideoTextDataset'])}"
