@@ -7,11 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opensora.data.batch import Dataset, Size
+from opensora.data.batch import Size
 from opensora.data.buckets import BucketId, Buckets
-from opensora.data.explain import require_steps
-from opensora.data.plan import make_plan
-from opensora.data.sampler import PlannedBatch, Sampler, _plan
+from opensora.data.sampler import PlannedBatch, _plan
 from opensora.errors import UsageError
 from opensora.sizes import SIZES
 
@@ -93,40 +91,6 @@ class StoredSampler:
     def length(self, epoch: int) -> int:
         """Return the number of batches of an epoch."""
         return self._lengths[epoch] if epoch in self._lengths else len(self.epoch(epoch))
-
-
-def sampler_for(
-    dataset: Dataset,
-    *,
-    bucket_config: Mapping[Any, Any] | None = None,
-    batch_size: int | None = None,
-    seed: int = 1024,
-    replicas: int = 1,
-) -> Sampler:
-    """Return the sampler of any dataset: its own where its rows have sizes, else that of its plan.
-
-    Raises:
-        UsageError: training would do no step; says why.
-    """
-    settings: dict[str, Any] = {
-        "bucket_config": bucket_config,
-        "batch_size": batch_size,
-        "seed": seed,
-        "replicas": replicas,
-    }
-    own = getattr(dataset, "sampler", None)
-    if own is None:
-        plan = make_plan(dataset, **settings)
-        require_steps(dataset, plan)
-        return plan.sampler(dataset.entries())
-    sampler: Sampler = own(**settings)
-    if sampler.length(0) < replicas:
-        raise UsageError(
-            f"training would do 0 steps: {len(dataset.entries())} rows of features make less than "
-            f"one batch for each of {replicas} replicas (processes times accumulation steps); "
-            "give a smaller batch size, or more rows"
-        )
-    return sampler
 
 
 def _batch(size: Size, buckets: Buckets | None, batch_size: int | None) -> tuple[str, int]:

@@ -26,7 +26,7 @@ from opensora.data.batch import Entry, Sample, SampleError, Size
 from opensora.data.dataset import build_dataset
 from opensora.data.feature_bins import BatchFeatureDataset
 from opensora.data.feature_npz import NpzFeatures
-from opensora.data.feature_sampler import StoredSampler, sampler_for
+from opensora.data.feature_sampler import StoredSampler
 from opensora.data.feature_shards import FeatureRow, FeatureWriter, read_rows
 from opensora.data.features import CachedFeatures, TextFeatures, WithTextFeatures, normal
 from opensora.data.loader import Loader
@@ -654,19 +654,6 @@ def test_a_kill_at_any_moment_of_writing_costs_one_shard_at_most(
     loaded = [features.load(i, size, random.Random(0)) for i in range(8)]
     assert [sample.text for sample in loaded] == [f"text {i}" for i in range(8)]
     assert len(list(tmp_path.glob("shard-*"))) == 4
-
-
-def test_a_run_without_steps_is_refused(tmp_path: Path, extracted: ExtractConfig) -> None:
-    fill(tmp_path, 5, [Size(1, 64, 64)])
-    features = CachedFeatures(tmp_path)
-    assert sampler_for(features, batch_size=2, replicas=2).length(0) == 2
-    with pytest.raises(UsageError, match="0 steps: 5 rows of features"):
-        sampler_for(features, batch_size=3, replicas=2)
-    assert extracted.dataset is not None
-    pixels = build_dataset(extracted.dataset)
-    assert sampler_for(pixels, batch_size=2).length(0) == 3
-    with pytest.raises(UsageError, match="0 steps"):
-        sampler_for(WithTextFeatures(pixels, extracted.outputs), batch_size=7)
 
 
 def test_several_writers_share_a_folder(tmp_path: Path) -> None:
