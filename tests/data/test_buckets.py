@@ -123,7 +123,7 @@ def test_reasons_name_every_resolution() -> None:
     why: list[str] = []
     assert buckets.choose(60, 240, 426, why=why) is None
     assert why == [
-        "720p: 426x240 is too small (at least 737280 pixels)",
+        "426x240 is too small for 720p (at least 737280 pixels)",
         "240p: takes images alone",
         "144p: not kept, probability 0 of 51 frames",
     ]

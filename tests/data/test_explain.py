@@ -143,7 +143,7 @@ def test_report_counts_what_an_epoch_does() -> None:
         "meta.csv:2 2.mp4: 144p 51 0.56",
         "meta.csv:14 14.mp4: dropped: 144p: 20 frames are too few (at least 52 for 51)",
         "meta.csv:15 15.mp4: dropped: unreadable: no such file",
-        "meta.csv:16 16.mp4: dropped: 144p: 100x100 is too small (at least 29491 pixels)",
+        "meta.csv:16 16.mp4: dropped: 100x100 is too small for 144p (at least 29491 pixels)",
         "15 rows: 12 in a bucket, 2 dropped, 1 unreadable",
         "steps per epoch: 2 (2 replicas take a batch each)",
     ):

@@ -282,5 +282,5 @@ def test_an_empty_epoch_is_an_error() -> None:
     rows = Rows(count=2)
     run = Loader(rows, FixedSampler(rows.entries(), Size(16, 32, 32), 5))
     assert run.steps_per_epoch() == 0
-    with pytest.raises(UsageError, match="holds no batch"):
+    with pytest.raises(UsageError, match="hold no batch"):
         next(run.batches())

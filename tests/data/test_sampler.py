@@ -102,9 +102,24 @@ def test_fixed_size_counts_its_batches(count: int, replicas: int, drop_last: boo
         assert plan.epoch(0) != plan.epoch(1)
 
 
-def test_an_epoch_without_batches_is_an_error() -> None:
-    with pytest.raises(UsageError, match="epoch 0 holds no batch"):
-        next(steps(FixedSampler([], Size(16, 32, 32), 3)))
+@pytest.mark.parametrize("epochs", [None, 1, 3])
+def test_no_batch_at_all_is_an_error(epochs: int | None) -> None:
+    for first in (0, 5):
+        with pytest.raises(UsageError, match="hold no batch"):
+            next(steps(FixedSampler([], Size(16, 32, 32), 3), first, epochs))
+
+
+def test_an_epoch_that_is_empty_by_chance_is_passed_over() -> None:
+    rows = [Entry("0", 60, 144, 256)]
+    plan = BatchSampler(rows, Buckets({"144p": {17: (0.2, 1)}}))
+    lengths = [plan.length(epoch) for epoch in range(40)]
+    assert lengths[0] == 0
+    assert 3 < sum(lengths) < 20
+    whole = list(steps(plan, 0, epochs=40))
+    assert [step.number for step in whole] == list(range(sum(lengths)))
+    assert [step.epoch for step in whole] == [e for e, length in enumerate(lengths) if length]
+    for first in range(len(whole) + 1):
+        assert list(steps(plan, first, epochs=40)) == whole[first:]
 
 
 @pytest.mark.parametrize(
