@@ -28,6 +28,7 @@ from opensora.errors import UsageError
 from opensora.export import export
 from opensora.lora import add_lora, save_lora
 from opensora.models.stdit.parallelize import freeze, parallelize
+from opensora.models.vae.loading import find_trained
 from opensora.pipeline import OpenSoraPipeline
 from opensora.pipeline_folder import pipeline_folder
 from opensora.schedulers.rflow import RFlow
@@ -327,13 +328,15 @@ def _known(section: Mapping[str, Any], function: Any, name: str) -> dict[str, An
     return dict(section)
 
 
-def _digest(section: Mapping[str, Any] | None, subfolder: str) -> str | None:
+def _digest(section: Mapping[str, Any] | None, part: str) -> str | None:
     """Return the digest of the weights that a section names, None if it names none."""
     source = (section or {}).get("from_pretrained")
     if not source:
         return None
+    if part == "vae":
+        return weights_digest(find_trained(str(source)))
     folder = pipeline_folder(str(source))
-    return weights_digest(folder or source, subfolder if folder else None)
+    return weights_digest(folder or source, part if folder else None)
 
 
 def _on_main(world: World, action: Any, what: str) -> Any:

@@ -20,8 +20,8 @@ from opensora.devices import DTYPES
 from opensora.errors import UsageError
 from opensora.models.stdit import PRESETS, STDiT3, STDiT3Config, build_stdit
 from opensora.models.text_encoder import T5TextEncoder
-from opensora.models.vae import PRESETS as VAE_PRESETS
 from opensora.models.vae import VideoAutoencoder
+from opensora.models.vae.loading import build_vae
 from opensora.pipeline_folder import pipeline_folder
 from opensora.pipeline_options import VAE_KEYS, model_options, text_options, vae_options
 from opensora.train_config import TrainConfig
@@ -157,15 +157,7 @@ def _load_vae(
     source = config.vae.get("from_pretrained")
     if not source:
         raise UsageError("vae.from_pretrained names no weights: give a folder, file or hub id")
-    folder = pipeline_folder(str(source))
-    vae = load_model(
-        VideoAutoencoder,
-        folder or source,
-        subfolder="vae" if folder else None,
-        config=None if folder else VAE_PRESETS.get(str(options.get("type"))),
-        dtype=dtype,
-        device=device,
-    )
+    vae, _ = build_vae(options, source=str(source), dtype=dtype, device=device)
     for key in VAE_KEYS:
         if key in options:
             setattr(vae, key, options[key])

@@ -49,7 +49,7 @@ mask_ratios = {
 }
 
 model = dict(type="STDiT3", from_pretrained="tiny")
-vae = dict(type="VideoAutoencoderPipeline", from_pretrained="tiny")
+vae = dict(type="VideoAutoencoderPipeline", from_pretrained="outputs/tiny-vae-images")
 text_encoder = dict(type="t5", from_pretrained="tiny", train=True)
 # The direction of a motion is decided between t = 700 and 900: most timesteps lie there.
 scheduler = dict(

@@ -3,9 +3,7 @@
 # python scripts/train_vae.py configs/tiny/train/vae_images.py
 num_frames = 17
 image_size = (64, 64)
-dataset = dict(
-    type="ShapesDataset", clips=[(17, 64, 64, 6400)], pair_share=0.3, seed=45
-)
+dataset = dict(type="ShapesDataset", clips=[(17, 64, 64, 6400)], pair_share=0.3, seed=45)
 num_workers = 1
 dtype = "fp32"
 

@@ -17,6 +17,7 @@ from opensora.models.vae.video import VideoAutoencoder
 from opensora.models.vae.video_config import PRESETS, SPATIAL_SOURCES, VideoAutoencoderConfig
 
 TINY = "tiny"
+INDEX = "model_index.json"  # makes a folder a pipeline
 #: Where training leaves the finished model, inside its run's folder.
 TRAINED = "vae"
 _SPATIAL = {
@@ -92,12 +93,15 @@ def build_vae(
 def find_trained(source: str) -> str:
     """Return the folder of the VAE that `source` means.
 
-    "tiny" is the one inside this package. An output folder of training means the finished VAE of
-    its newest run, so that a stage's configuration can name the folder of the stage before.
+    "tiny" is the one inside this package, a pipeline folder means its VAE, and an output
+    folder of training the finished VAE of its newest run, so that a stage's configuration can name
+    the folder of the stage before.
     """
     path = Path(source).expanduser()
     if source == TINY and not path.exists():
         return str(files("opensora") / "assets" / TINY / "vae")
+    if (path / INDEX).is_file():
+        return str(path / "vae")
     if not path.is_dir() or (path / "config.json").is_file():
         return source
     runs = sorted(path.glob(f"[0-9][0-9][0-9]*-*/{TRAINED}/config.json"))
