@@ -81,15 +81,22 @@ def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
         *parents, last = dotted.split(".")
         node = result
         for depth, part in enumerate(parents):
-            child = node.get(part)
+            key = _key(node, part)
+            child = node.get(key)
             if child is None:
-                child = node[part] = {}
+                child = node[key] = {}
             elif not isinstance(child, dict):
                 taken = ".".join(parents[: depth + 1])
                 raise UsageError(f"cannot set {dotted}: {taken} is {child!r}, not a dict")
             node = child
-        node[last] = value
+        node[_key(node, last)] = value
     return result
+
+
+def _key(node: Mapping[Any, Any], part: str) -> Any:
+    """Return a part of a dotted key as the dict spells it: 51 in {51: ..., 102: ...}."""
+    numbers = part.isdecimal() and any(isinstance(key, int) for key in node)
+    return int(part) if numbers and part not in node else part
 
 
 def parse_value(text: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,28 +12,25 @@ import torch
 from torch import nn
 
 from opensora.checkpoint import weights_digest
-from opensora.config_file import suggest
 from opensora.data.batch import Batch, Dataset
 from opensora.data.loader import Loader
-from opensora.data.masks import MaskGenerator
 from opensora.data.quarantine import Quarantine
 from opensora.data.sampler import Sampler
 from opensora.devices import DTYPES
 from opensora.distributed.checkpoint import Checkpointer
 from opensora.distributed.collectives import all_reduce, broadcast_object
 from opensora.distributed.mesh import World
-from opensora.distributed.run_folders import find_run, new_run_folder
+from opensora.distributed.run_folders import STATES, find_run, new_run_folder
 from opensora.errors import UsageError
 from opensora.export import export
-from opensora.lora import add_lora, save_lora
-from opensora.models.stdit.parallelize import freeze, parallelize
+from opensora.files import write_text
+from opensora.lora import save_lora
 from opensora.models.vae.loading import find_trained
 from opensora.pipeline import OpenSoraPipeline
 from opensora.pipeline_folder import pipeline_folder
 from opensora.schedulers.rflow import RFlow
 from opensora.train_config import TrainConfig
 from opensora.training import dry_run
-from opensora.training.clip import AdaptiveClip, GradientClip
 from opensora.training.data import (
     dataset_of,
     sampler_of,
@@ -43,10 +39,9 @@ from opensora.training.dry_run import StepTimer, fitted_buckets, try_buckets
 from opensora.training.ema import EMA
 from opensora.training.flops import peak_flops, training_flops
 from opensora.training.hooks import hooks_of
+from opensora.training.learner import build_learner
 from opensora.training.metrics import Metrics
-from opensora.training.models import FREEZING, Models, build_models
-from opensora.training.objective import Masks, Objective
-from opensora.training.optimizers import build_optimizer
+from opensora.training.models import Models, build_models, weights_of
 from opensora.training.schedule import Schedule
 from opensora.training.trackers import open_trackers
 from opensora.training.trainer import Trainer
@@ -66,21 +61,19 @@ class Run:
     def train(self) -> Path:
         """Take all steps, then write the averaged weights."""
         config, world = self.config, self.world
-        self.folder = self._folder()
+        resumed: Path | None = _on_main(world, self._resumed, "the run to go on with")
         models = build_models(config, world.device)
+        self.folder: Path = resumed or _on_main(world, self._new_folder, "the run's folder")
         self._encode(self.dataset, models, "latents")
-        freezing = {key: bool((config.model or {}).get(key, False)) for key in FREEZING}
-        freeze(models.transformer, **freezing)
-        if config.lora:
-            add_lora(models.transformer, **_known(config.lora, add_lora, "lora"))
-        modules = self._parallelize(models)
-        trainer = self._trainer(models, modules)
+        self.learner = build_learner(config, world, models, self.scheduler)
         if config.dry_run:
-            return self._dry_run(trainer, models)
+            return self._dry_run()
+        trainer = self._trainer(models)
         if config.load is not None and not config.start_from_scratch:
             trainer.resume(self._checkpoint())
         trainer.metrics = self._metrics(trainer.progress.global_step)
         trainer.hooks = hooks_of(config, models, trainer, self.scheduler, self._encode)
+        modules = self.learner.modules
         count = sum(p.numel() for m in modules.values() for p in m.parameters() if p.requires_grad)
         if world.is_main and not config.quiet:
             print(
@@ -99,11 +92,10 @@ class Run:
         self._export(models, modules, trainer.ema)
         return self.folder
 
-    def _dry_run(self, trainer: Trainer, models: Models) -> Path:
+    def _dry_run(self) -> Path:
         """Try a step of every bucket and print what fits."""
-        timer = StepTimer(trainer, models)
-        with trainer.checkpointer:
-            found = try_buckets(timer, self.sampler)
+        timer = StepTimer(self.learner)
+        found = try_buckets(timer, self.sampler)
         if self.world.is_main:
             print(dry_run.table(found, timer.peaks))
             small = [size for size, (wanted, one) in found.items() if one.batch_size < wanted]
@@ -114,35 +106,35 @@ class Run:
                 print("every bucket fits")
         return self.folder
 
-    def _folder(self) -> Path:
-        """Return the run's folder, new or the one that is gone on with."""
+    def _resumed(self) -> Path | None:
+        """Return the folder of the run that is gone on with, None for a new one."""
         config, outputs = self.config, Path(self.config.outputs)
+        if config.load is None or config.start_from_scratch:
+            return None
+        if config.load == "latest":
+            found = find_run(outputs)
+            if found is None:
+                raise UsageError(f"--load latest: {outputs} holds no run with a checkpoint")
+            return found
+        given = Path(config.load)
+        if not given.is_dir():
+            raise UsageError(f"--load {given}: no such folder; give a run or a checkpoint")
+        return given.parent if (given / STATES).is_file() else given
 
-        def choose() -> Path:
-            if config.load is not None and not config.start_from_scratch:
-                if config.load == "latest":
-                    found = find_run(outputs)
-                    if found is None:
-                        raise UsageError(f"--load latest: {outputs} holds no run with a checkpoint")
-                    return found
-                given = Path(config.load)
-                if not given.is_dir():
-                    raise UsageError(f"--load {given}: no such folder; give a run or a checkpoint")
-                return given if not (given / "running_states.json").is_file() else given.parent
-            if config.dry_run:
-                return outputs
-            folder = new_run_folder(outputs, str((config.model or {}).get("type", "STDiT3")))
-            settings = json.dumps(dataclasses.asdict(config), indent=1, default=str)
-            (folder / "config.json").write_text(settings + "\n", "utf-8")
-            return folder
-
-        folder = _on_main(self.world, choose, "the run's folder")
-        return Path(folder)
+    def _new_folder(self) -> Path:
+        """Make the folder of a new run; a dry run writes nothing and has none of its own."""
+        outputs = Path(self.config.outputs)
+        if self.config.dry_run:
+            return outputs
+        folder = new_run_folder(outputs, str((self.config.model or {}).get("type", "STDiT3")))
+        settings = json.dumps(dataclasses.asdict(self.config), indent=1, default=str)
+        write_text(folder / "config.json", settings + "\n")
+        return folder
 
     def _checkpoint(self) -> str:
         """Return what to resume: a checkpoint's folder, or the latest of the run."""
         given = Path(str(self.config.load))
-        return str(given) if (given / "running_states.json").is_file() else "latest"
+        return str(given) if (given / STATES).is_file() else "latest"
 
     def _encode(self, dataset: Dataset, models: Models, folder: str) -> None:
         """Let a dataset that makes its clips encode them; check what cached features are of."""
@@ -155,30 +147,8 @@ class Run:
             return
         prepare(models.vae, _digest(vae, "vae"), Path(self.config.outputs) / folder)
 
-    def _parallelize(self, models: Models) -> dict[str, nn.Module]:
+    def _trainer(self, models: Models) -> Trainer:
         config, world = self.config, self.world
-        parallelize(
-            models.transformer,
-            world,
-            checkpointing=config.checkpointing,
-            compile=config.compile,
-            # On a CPU autocast rounds the products, and sharded weights stay float32.
-            dtype="fp32" if world.device.type == "cpu" else config.dtype,
-            cpu_offload=config.cpu_offload,
-        )
-        modules = models.trained()
-        if world.size > 1 and "text_encoder" in modules:
-            from torch.distributed.fsdp import fully_shard
-
-            fully_shard(modules["text_encoder"], mesh=world.shard_mesh)
-        return modules
-
-    def _trainer(self, models: Models, modules: dict[str, nn.Module]) -> Trainer:
-        config, world = self.config, self.world
-        named = [(f"{n}.{k}", p) for n, m in modules.items() for k, p in m.named_parameters()]
-        settings = {"lr": config.lr, "eps": config.adam_eps, "weight_decay": config.weight_decay}
-        given = _known(config.optimizer or {}, build_optimizer, "optimizer")
-        optimizer = build_optimizer(named, **{**settings, **given})
         loader = Loader(
             self.dataset,
             self.sampler,
@@ -204,14 +174,10 @@ class Run:
             return len(batch) * training_flops(architecture, (frames, height, width), words)
 
         return Trainer(
-            world,
+            self.learner,
             loader,
-            Objective(config, models, self.scheduler, world.device, masks_of(config)),
-            modules,
-            optimizer,
             schedule_of(config, self.total),
-            clip_of(config),
-            EMA(modules, config.ema_decay, warm_up=config.ema_warm_up),
+            EMA(self.learner.modules, config.ema_decay, warm_up=config.ema_warm_up),
             Watchdog(
                 self.folder,
                 patience=config.max_bad_steps,
@@ -227,6 +193,7 @@ class Run:
             ),
             self.total,
             config.accumulation_steps,
+            bool(weights_of(config)),
             config.ckpt_every,
             flops,
         )
@@ -297,35 +264,6 @@ def schedule_of(config: TrainConfig, total: int) -> Schedule:
     if config.decay == 0:
         return Schedule(warmup)
     return Schedule(warmup, "linear", total, config.decay)
-
-
-def clip_of(config: TrainConfig) -> GradientClip:
-    """Return what limits gradients."""
-    if config.grad_clip == "adaptive":
-        return AdaptiveClip()
-    return GradientClip(None if config.grad_clip is None else float(config.grad_clip))
-
-
-def masks_of(config: TrainConfig) -> Masks | None:
-    """Return what chooses given frames, None without mask_ratios."""
-    if not config.mask_ratios:
-        return None
-    return MaskGenerator(config.mask_ratios).masks
-
-
-def _known(section: Mapping[str, Any], function: Any, name: str) -> dict[str, Any]:
-    """Return a section whose keys are arguments of a function that has defaults for them."""
-    known = [
-        key
-        for key, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    ]
-    for key in section:
-        if key not in known:
-            raise UsageError(
-                f"{name}: unknown key {key!r}{suggest(str(key), known)} (known: {', '.join(known)})"
-            )
-    return dict(section)
 
 
 def _digest(section: Mapping[str, Any] | None, part: str) -> str | None:

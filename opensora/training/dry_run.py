@@ -17,9 +17,8 @@ from opensora.data.loader import conditions
 from opensora.data.sampler import PlannedBatch, Sampler
 from opensora.distributed.collectives import all_reduce
 from opensora.training.batch_size import Found, OutOfMemory, search
+from opensora.training.learner import Learner
 from opensora.training.memory import MemoryModel, timed_step
-from opensora.training.models import Models
-from opensora.training.trainer import Trainer
 
 #: Share of a device's memory that a step may take.
 USABLE = 0.92
@@ -29,14 +28,13 @@ class StepTimer:
     """Time training steps of any bucket and batch size.
 
     Args:
-        trainer: of the run; its weights are spoilt.
-        models: of the run.
+        learner: takes the steps; its weights are spoilt.
         limit: bytes that a step may take; None: what the device has free.
     """
 
-    def __init__(self, trainer: Trainer, models: Models, limit: float | None = None) -> None:
-        self.trainer, self.models = trainer, models
-        self.device = trainer.world.device
+    def __init__(self, learner: Learner, limit: float | None = None) -> None:
+        self.learner, self.models = learner, learner.models
+        self.device = learner.world.device
         self.limit = usable_memory(self.device) if limit is None else limit
         self.peaks: dict[tuple[Size, int], int] = {}
 
@@ -54,7 +52,7 @@ class StepTimer:
             )
         except (OutOfMemory, torch.cuda.OutOfMemoryError):
             failed = 1.0
-        self.trainer.optimizer.zero_grad(set_to_none=True)
+        self.learner.optimizer.zero_grad(set_to_none=True)
         if float(all_reduce(torch.tensor(failed), "whether the step fits", "max")):
             raise OutOfMemory(f"{batch_size} clips of {size} do not fit")
         self.peaks[size, batch_size] = peak
@@ -86,11 +84,11 @@ class StepTimer:
         return batch
 
     def _step(self, batch: Batch) -> None:
-        trainer = self.trainer
-        trainer.optimizer.zero_grad(set_to_none=True)
-        trainer.objective(batch).loss.mean().backward()
-        trainer.clip(p for m in trainer.modules.values() for p in m.parameters())
-        trainer.optimizer.step()
+        learner = self.learner
+        learner.optimizer.zero_grad(set_to_none=True)
+        learner.objective(batch).loss.mean().backward()
+        learner.clip(p for m in learner.modules.values() for p in m.parameters())
+        learner.optimizer.step()
 
 
 def usable_memory(device: torch.device) -> float:

@@ -45,7 +45,7 @@ def hooks_of(
         changes["data_path"] = settings["data_path"]
     dataset = dataset_of(config, **changes)
     encode(dataset, models, "validation-latents")
-    world = trainer.world
+    world = trainer.learner.world
     folder = trainer.checkpointer.folder
     validation = build_validation(
         config,

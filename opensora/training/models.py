@@ -25,6 +25,7 @@ from opensora.models.vae.loading import build_vae
 from opensora.pipeline_folder import pipeline_folder
 from opensora.pipeline_options import VAE_KEYS, model_options, text_options, vae_options
 from opensora.train_config import TrainConfig
+from opensora.weight_loading import load_weights
 
 #: Keys of the model's dict that say what to train, not what the model is.
 FREEZING = ("only_train_temporal", "freeze_y_embedder")
@@ -122,21 +123,31 @@ def precision(config: TrainConfig, device: torch.device) -> AbstractContextManag
     return torch.autocast("cpu", torch.bfloat16)
 
 
+def weights_of(config: TrainConfig) -> str | None:
+    """Return where the transformer's weights come from, None for random ones."""
+    source = config.ckpt_path or (config.model or {}).get("from_pretrained")
+    if config.load is not None and config.start_from_scratch:
+        source = config.load
+    return None if source is None else str(source)
+
+
 def _load_transformer(config: TrainConfig) -> STDiT3:
-    given = {k: v for k, v in (config.model or {}).items() if k not in FREEZING}
-    source = config.ckpt_path or given.get("from_pretrained")
+    given = {key: value for key, value in (config.model or {}).items() if key not in FREEZING}
+    source = weights_of(config)
     options = model_options(given)
     if not source:
         return build_stdit(options)
-    folder = pipeline_folder(str(source))
-    architecture = None
-    if options.get("type") != "STDiT3" or len(options) > 1:
-        architecture = _architecture(options)
+    described = options.get("type") != "STDiT3" or len(options) > 1
+    folder = pipeline_folder(source)
+    if folder is None and described:  # checkpoints of training runs, of upstream and of PixArt too
+        model = build_stdit(options)
+        load_weights(model, source)
+        return model
     return load_model(
         STDiT3,
         folder or source,
         subfolder="transformer" if folder else None,
-        config=architecture,
+        config=_architecture(options) if described else None,
         dtype=torch.float32,
     )
 

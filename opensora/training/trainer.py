@@ -15,20 +15,18 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
 
 from opensora.data.batch import Batch
 from opensora.data.loader import Loader
 from opensora.distributed.checkpoint import Checkpointer, Progress
 from opensora.distributed.collectives import all_reduce
-from opensora.distributed.mesh import World
 from opensora.errors import UsageError
-from opensora.training.clip import GradientClip
 from opensora.training.ema import EMA
+from opensora.training.learner import Learner
 from opensora.training.metrics import Metrics
-from opensora.training.objective import Losses, Objective
+from opensora.training.objective import Losses
 from opensora.training.schedule import Schedule
-from opensora.training.watchdog import Verdict, Watchdog
+from opensora.training.watchdog import Verdict, Watchdog, starting_note
 
 #: Called between steps with the number of steps taken.
 Hook = Callable[[int], None]
@@ -39,36 +37,30 @@ class Trainer:
     """Hold the parts of a run and take its steps.
 
     Attributes:
-        world: processes.
+        learner: what takes a step.
         loader: of this process's batches.
-        objective: losses of a batch.
-        modules: what is trained and saved, by name.
-        optimizer: of their parameters.
-        schedule: its rate.
-        clip: limits gradients.
+        schedule: the learning rate's.
         ema: averages.
         watchdog: judges steps.
         checkpointer: saves.
         total: steps of the run.
         accumulation: batches a step.
+        pretrained: it starts from trained weights.
         ckpt_every: steps between checkpoints; 0 saves at the end alone.
         flops: training FLOPs of a batch, for MFU.
         hooks: (every how many steps, function), such as validation.
         metrics: records steps.
     """
 
-    world: World
+    learner: Learner
     loader: Loader
-    objective: Objective
-    modules: dict[str, nn.Module]
-    optimizer: torch.optim.Optimizer
     schedule: Schedule
-    clip: GradientClip
     ema: EMA
     watchdog: Watchdog
     checkpointer: Checkpointer
     total: int
     accumulation: int = 1
+    pretrained: bool = False
     ckpt_every: int = 0
     flops: Callable[[Batch], float] = lambda batch: 0.0
     hooks: Sequence[tuple[int, Hook]] = ()
@@ -79,28 +71,32 @@ class Trainer:
         """Begin at the beginning."""
         self.progress = Progress()
         self._stopping = threading.Event()
-        self._rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+        self._rates = [group["initial_lr"] for group in self.learner.optimizer.param_groups]
 
     def resume(self, which: str) -> None:
         """Go on from a checkpoint: "latest" or a folder."""
-        found = self.checkpointer.load(which, self.modules, self.optimizer, self.ema)
+        found = self.checkpointer.load(
+            which, self.learner.modules, self.learner.optimizer, self.ema
+        )
         if found is None:
             raise UsageError(f"{self.checkpointer.folder} holds no checkpoint to go on from")
         self.progress = found
         # The configuration's rates, which may have been changed.
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+        for group, rate in zip(self.learner.optimizer.param_groups, self._rates, strict=True):
             group["initial_lr"] = rate
         extra = self.progress.extra
-        self.clip.load_state_dict(extra.get("clip", {}))
+        self.learner.clip.load_state_dict(extra.get("clip", {}))
         self.watchdog.load_state_dict(extra["watchdog"])
 
     def save(self, *, wait: bool = False) -> None:
         """Save where the run is."""
         self.progress.extra = {
-            "clip": self.clip.state_dict(),
+            "clip": self.learner.clip.state_dict(),
             "watchdog": self.watchdog.state_dict(),
         }
-        self.checkpointer.save(self.progress, self.modules, self.optimizer, self.ema, wait=wait)
+        self.checkpointer.save(
+            self.progress, self.learner.modules, self.learner.optimizer, self.ema, wait=wait
+        )
 
     def run(self) -> bool:
         """Take the remaining steps; False if a signal ended the run early, its state saved."""
@@ -140,8 +136,8 @@ class Trainer:
     def step(self, batches: list[Batch]) -> Verdict:
         """Take one step: gradients of all batches, then, if they are sound, the weights."""
         step = self.progress.global_step
-        rate = self.schedule.set(self.optimizer, step)
-        self.optimizer.zero_grad(set_to_none=True)
+        rate = self.schedule.set(self.learner.optimizer, step)
+        self.learner.optimizer.zero_grad(set_to_none=True)
         means: list[float] = []
         tokens = flops = 0.0
         for place, batch in enumerate(batches):
@@ -154,7 +150,9 @@ class Trainer:
                 self.metrics.losses(losses.t, losses.loss)
                 tokens += losses.tokens
                 flops += self.flops(batch)
-        clipped = self.clip(p for m in self.modules.values() for p in m.parameters())
+        clipped = self.learner.clip(
+            p for m in self.learner.modules.values() for p in m.parameters()
+        )
         verdict = self.watchdog.check(
             means,
             clipped.before,
@@ -164,7 +162,7 @@ class Trainer:
             details={"batches": [batch.number for batch in batches], "bucket": batches[0].bucket},
         )
         if verdict is Verdict.OK:
-            self.optimizer.step()
+            self.learner.optimizer.step()
             self.ema.update()
         self.progress.batch = self._after(batches)
         if batches[-1].epoch != self.progress.epoch:
@@ -172,6 +170,8 @@ class Trainer:
         self.progress.step += 1
         self.progress.global_step += 1
         loss = sum(means) / len(means) if means else float("nan")
+        if step == 0 and self.learner.world.is_main:
+            print(starting_note(loss, pretrained=self.pretrained), flush=True)
         self.metrics.step(
             step,
             loss,
@@ -186,8 +186,8 @@ class Trainer:
     def _losses(self, batch: Batch) -> Losses:
         """Return the losses of a batch; an empty one takes part with a weight of zero."""
         if len(batch):
-            return self.objective(batch)
-        losses = self.objective(self.objective.stand_in(batch))
+            return self.learner.objective(batch)
+        losses = self.learner.objective(self.learner.objective.stand_in(batch))
         return Losses(losses.loss * 0, losses.t, 0)
 
     def _take(self, batches: Iterator[Batch]) -> list[Batch]:
@@ -202,12 +202,12 @@ class Trainer:
 
     def _after(self, batches: list[Batch]) -> int:
         """Return the number of the batch that follows a step on all replicas."""
-        replicas = self.world.dp_size
+        replicas = self.learner.world.dp_size
         return (batches[-1].number // replicas + 1) * replicas
 
     def _sync_gradients(self, last: bool) -> None:
         """Leave gradients unreduced until the last batch of a step."""
-        for module in self.modules.values():
+        for module in self.learner.modules.values():
             switch = getattr(module, "set_requires_gradient_sync", None)
             if switch is not None:
                 switch(last)
@@ -236,7 +236,7 @@ class Trainer:
             if self._stopping.is_set():
                 raise KeyboardInterrupt
             self._stopping.set()
-            if self.world.is_main:
+            if self.learner.world.is_main:
                 print("stopping after this step; once more to stop at once", flush=True)
 
         before: dict[signal.Signals, Any] = {}

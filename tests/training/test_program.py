@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import socket
@@ -55,6 +56,7 @@ CONFIG = TrainConfig(
         "num_heads": 2,
     },
     scheduler={"type": "rflow", "sample_method": "logit-normal"},
+    defaults={"num_frames": 17, "height": 64, "width": 64, "fps": 8},
     lr=3e-3,
     warmup_steps=2,
     grad_clip=1.0,
@@ -148,7 +150,7 @@ def test_goes_on_bit_for_bit_after_a_kill(whole: Path, tmp_path: Path) -> None:
         process.kill()
         process.wait()
     first = tmp_path / "000-STDiT3"
-    assert 2 <= max(saved.global_step for saved in checkpoints(first)) <= 4
+    assert 2 <= max(saved.step for saved in checkpoints(first)) <= 4
     folder = run(tmp_path, load="latest")
     assert folder == first
     assert losses(folder) == losses(whole)
@@ -243,10 +245,11 @@ def test_a_bad_step_is_skipped_and_many_go_back_to_a_checkpoint(
 
     def poisoned(self: Objective, batch: Any) -> Losses:
         found = call(self, batch)
-        return Losses(found.loss * float("nan"), found.t, found.tokens) if batch.number in bad else found
+        factor = math.nan if batch.number in bad else 1.0
+        return Losses(found.loss * factor, found.t, found.tokens)
 
     monkeypatch.setattr(Objective, "__call__", poisoned)
-    folder = run(tmp_path, max_steps=8, ckpt_every=2, max_bad_steps=3)
+    folder = run(tmp_path, max_steps=12, ckpt_every=2, max_bad_steps=3)
     assert "3 bad steps in a row; back to the last good checkpoint" in capsys.readouterr().out
     told = [json.loads(line) for line in (folder / "bad_steps.jsonl").read_text().splitlines()]
     assert [line["batches"] for line in told] == [[3], [7], [8], [9]]
@@ -259,7 +262,8 @@ def test_hopeless_runs_end_with_advice(tmp_path: Path, monkeypatch: pytest.Monke
 
     def poisoned(self: Objective, batch: Any) -> Losses:
         found = call(self, batch)
-        return Losses(found.loss * float("nan"), found.t, found.tokens) if batch.number > 1 else found
+        factor = math.nan if batch.number > 1 else 1.0
+        return Losses(found.loss * factor, found.t, found.tokens)
 
     monkeypatch.setattr(Objective, "__call__", poisoned)
     with pytest.raises(NonFiniteError, match="--lr"):
@@ -286,7 +290,7 @@ def test_only_temporal_blocks_train(tmp_path: Path) -> None:
     fixed = {"type": "t5", "from_pretrained": "tiny"}
     model = {"type": "STDiT3", "from_pretrained": "tiny", "only_train_temporal": True}
     folder = run(tmp_path, model=model, text_encoder=fixed, max_steps=2)
-    old = load_model(STDiT3, OpenSoraPipeline.from_pretrained("tiny").sources["transformer"].rsplit("/", 1)[0], subfolder="transformer").state_dict()
+    old = OpenSoraPipeline.from_pretrained("tiny", device="cpu").transformer.state_dict()
     new = {k[len("model.transformer.") :]: v for k, v in newest(folder).items() if "model." in k}
     changed = {name for name, value in new.items() if not torch.equal(value, old[name].float())}
     assert changed
@@ -309,9 +313,9 @@ def test_a_dry_run_tries_every_bucket_and_saves_nothing(
     [
         ({"bucket_config": {"64p": {17: (1.0, 99)}}}, "0 steps"),
         ({"load": "latest"}, "holds no run"),
-        ({"lora": {"rnak": 4}}, "did you mean 'rank'"),
+        ({"lora": {"rnak": 4}}, "did you mean rank"),
         ({"optimizer": {"name": "adam"}}, "unknown"),
-        ({"validation": {"evry": 4}}, "did you mean 'every'"),
+        ({"validation": {"evry": 4}}, "did you mean every"),
         ({"mask_ratios": {"image_head": 1.5}}, "image_head"),
         ({"model": {**(CONFIG.model or {}), "in_channels": 8}}, "latent channels"),
     ],
