@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora.distributed.mesh import World, divide, start, stop
@@ -326,6 +325,8 @@ def test_the_ops_policy_computes_no_product_and_no_attention_again() -> None:
 )
 def test_blocks_compile_to_one_graph_each(policy: str, backend: str, dtype: str) -> None:
     """In bfloat16 with the hooks of FSDP2 around them, which stay outside."""
+    from torch._dynamo.utils import counters  # seconds, which ranks need not wait for
+
     torch._dynamo.reset()
     counters.clear()
     model = parallelize(
