@@ -121,6 +121,30 @@ def check_reuse(sequence: Sequence) -> float:
     return worst
 
 
+def check_traffic(sequence: Sequence) -> dict[str, list[int]]:
+    """Return the numbers of values in the exchanges of a forward, and of a forward and backward."""
+    sent: list[int] = []
+    exchange = dist.all_to_all_single
+
+    def counted(result: Tensor, x: Tensor, **options: Any) -> Any:
+        sent.append(x.numel())
+        return exchange(result, x, **options)
+
+    found = {}
+    model = make_model(recompute=True)
+    model.sequence = sequence
+    dist.all_to_all_single = counted
+    for name, recorded in (("forward", False), ("backward", True)):
+        sent.clear()
+        with torch.set_grad_enabled(recorded):
+            out = model(**make_inputs(1, frames=6))
+        if recorded:
+            out.sum().backward()
+        found[name] = list(sent)
+    dist.all_to_all_single = exchange
+    return found
+
+
 def check_transposes(sequence: Sequence) -> dict[str, float]:
     """Return |<A x, y> - <x, A' y>| of every operation, both summed over the ranks, relative."""
     n, rank = sequence.size, sequence.rank
@@ -188,6 +212,7 @@ def main(world: World) -> dict[str, Any]:
     return {
         "models": check_models(sequence),
         "reuse": check_reuse(sequence),
+        "traffic": check_traffic(sequence),
         "transposes": check_transposes(sequence),
         "round trips": check_round_trips(sequence),
         "ulysses": check_ulysses(sequence),
@@ -210,6 +235,17 @@ def test_prediction_and_gradients_equal_one_process(found: Any, case: str) -> No
 
 def test_what_steps_share_is_kept_under_sequence_parallelism(found: Any) -> None:
     assert all(rank["reuse"] < 1e-5 for rank in found)
+
+
+def test_one_exchange_of_the_tokens_lies_between_two_blocks(found: Any) -> None:
+    """Backward sends them the other way; recomputed blocks send nothing again."""
+    ranks = len(found)
+    patches = -(-15 // ranks) * ranks  # padded
+    for rank in found:
+        one = 6 * patches * SIZE["hidden_size"] // ranks
+        borders = 2 * int(SIZE["depth"]) - 1
+        assert rank["traffic"]["forward"] == [one] * borders
+        assert rank["traffic"]["backward"] == [one] * 2 * borders
 
 
 @pytest.mark.parametrize("name", ["gather", "switch", "heads", "split"])

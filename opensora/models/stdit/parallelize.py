@@ -141,8 +141,7 @@ def recomputed_blocks(policy: str, blocks: int) -> list[bool]:
         return [policy != "none"] * blocks
     hint = suggest(policy, ("none", "full", "ops", "every-2", "first-2"))
     raise UsageError(
-        f"checkpointing {policy!r} is unknown{hint}: use none, full, every-N (every Nth "
-        "block), first-N or ops, as in every-2"
+        f"checkpointing {policy!r} is unknown{hint} (none, full, every-N, first-N, ops)"
     )
 
 
