@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from opensora.data.batch import SampleError
 from opensora.data.image import image_size, is_image
 from opensora.data.table import Row, Table
 from opensora.data.video import video_facts
+from opensora.data.workers import Workers
 from opensora.errors import OpenSoraError
 from opensora.files import write_text
 
@@ -66,12 +67,14 @@ def probe_table(
             return index, str(error)
         return index, _merged(row, found)
 
-    with ThreadPoolExecutor(max(1, min(threads, len(open_rows)))) as pool:
-        for index, found in pool.map(find, open_rows):
-            if isinstance(found, Facts):
-                facts[index] = found
-            else:
-                problems[index] = found
+    with Workers(min(threads, len(open_rows)), "opensora-probe") as workers:
+        for start in range(0, len(open_rows), 4096):
+            part = [workers.submit(partial(find, i)) for i in open_rows[start : start + 4096]]
+            for index, found in (pending.result() for pending in part):
+                if isinstance(found, Facts):
+                    facts[index] = found
+                else:
+                    problems[index] = found
     if memory is not None:
         memory.save()
     return list(facts), problems
