@@ -19,7 +19,7 @@ import torch
 from opensora.data.batch import Batch
 from opensora.data.loader import Loader
 from opensora.distributed.checkpoint import Checkpointer, Progress
-from opensora.distributed.collectives import all_reduce
+from opensora.distributed.collectives import all_reduce, watched
 from opensora.errors import UsageError
 from opensora.training.ema import EMA
 from opensora.training.learner import Learner
@@ -109,7 +109,8 @@ class Trainer:
                 if not taken:
                     self._finish()
                     break
-                verdict = self.step(taken)
+                with watched(f"step {self.progress.global_step}"):
+                    verdict = self.step(taken)
                 done = self.progress.global_step
                 if verdict is Verdict.REWIND:
                     self._rewind()
