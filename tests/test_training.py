@@ -7,15 +7,14 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from opensora.config_file import load_config_file
 from opensora.errors import NonFiniteError, UsageError, WeightsError
 from opensora.optim import Muon
-from opensora.pipeline import OpenSoraPipeline
-from opensora.train import TrainConfig, read_buckets, train
 from opensora.train import main as train_main
+from opensora.train_config import TrainConfig
 from opensora.train_shapes_vae import STAGES, TrainVAEConfig, draw_batch, stage_of, train_vae
+from opensora.training.data import dataset_of, sampler_of
 from opensora.training.ema import EMA
 from opensora.training.run import TrainingRun
 from opensora.training.schedule import learning_rate_factor
@@ -58,41 +57,6 @@ def trained_vae(tmp_path_factory):
     return train_vae(dataclasses.replace(VAE, outputs=str(folder)))
 
 
-def transformer_config(outputs, vae, **changes) -> TrainConfig:
-    """Describe a training run of six steps."""
-    return TrainConfig(
-        model={
-            "hidden_size": 16,
-            "depth": 1,
-            "num_heads": 2,
-            "mlp_ratio": 1.0,
-            "pred_sigma": False,
-            "caption_channels": 16,
-            "model_max_length": 120,
-        },
-        vae=str(vae),
-        text_encoder={
-            "max_length": 120,
-            "d_model": 16,
-            "d_ff": 16,
-            "num_layers": 1,
-            "num_heads": 2,
-        },
-        scheduler={"num_sampling_steps": 2, "cfg_scale": 2.0},
-        defaults={"num_frames": 5, "height": 16, "width": 16, "fps": 8},
-        outputs=str(outputs),
-        buckets=((5, 16, 16, 4, 2, 1.0), (1, 16, 24, 3, 2, 1.0)),
-        **{
-            "mixed_steps": 3,
-            "steps": 6,
-            "log_every": 2,
-            "ckpt_every": 3,
-            "dtype": "fp32",
-            **changes,
-        },
-    )
-
-
 def test_stages_follow_each_other():
     assert [STAGES[stage_of(VAE, step)] for step in range(8)] == [
         s for s in STAGES for _ in range(2)
@@ -132,55 +96,6 @@ def test_vae_training_resumes_to_the_same_weights(trained_vae, tmp_path):
         assert (resumed / name).read_bytes() == (trained_vae / name).read_bytes()
 
 
-def test_transformer_training_makes_a_pipeline_that_generates(trained_vae, tmp_path):
-    pipeline = OpenSoraPipeline.from_pretrained(train(transformer_config(tmp_path, trained_vae)))
-    assert pipeline.defaults["trained_sizes"] == [[5, 16, 16], [1, 16, 24]]
-    frames = pipeline("a red circle moving right", seed=0).frames
-    assert frames.shape == (1, 5, 16, 16, 3)
-
-
-def test_transformer_training_resumes_to_the_same_weights(trained_vae, tmp_path):
-    whole = train(transformer_config(tmp_path / "whole", trained_vae))
-    cut = transformer_config(tmp_path / "cut", trained_vae)
-
-    def log(self, step, values):
-        if step == 4:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingRun, "log", log)
-        with pytest.raises(KeyboardInterrupt):
-            train(cut)
-    resumed = train(cut)
-    for part in ("transformer", "text_encoder"):
-        left = (whole / part / "model.safetensors").read_bytes()
-        assert left == (resumed / part / "model.safetensors").read_bytes()
-
-
-def test_training_starts_from_a_pipeline(trained_vae, tmp_path):
-    first = train(transformer_config(tmp_path / "first", trained_vae))
-    still = {"ckpt_path": str(first), "lr": 0.0, "adamw_lr": 0.0, "steps": 1, "mixed_steps": 0}
-    second = train(transformer_config(tmp_path / "second", trained_vae, **still))
-    for part in ("transformer", "text_encoder"):
-        left, right = (load_file(f / part / "model.safetensors") for f in (first, second))
-        assert all(torch.equal(left[name], right[name]) for name in left)
-    wider = transformer_config(tmp_path / "third", trained_vae, ckpt_path=str(first))
-    wider.model["hidden_size"] = 32
-    with pytest.raises(WeightsError, match=r"transformer of .* is not what"):
-        train(wider)
-
-
-def test_loss_falls_on_four_clips(trained_vae, tmp_path):
-    config = transformer_config(
-        tmp_path, trained_vae, steps=60, mixed_steps=0, log_every=10, ckpt_every=60, lr=5e-3
-    )
-    train(config)
-    lines = [
-        json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert lines[-1] < 0.8 * lines[0]
-
-
 def test_resuming_takes_the_learning_rate_of_the_configuration(tmp_path):
     modules = {"m": torch.nn.Linear(2, 2)}
     ema = EMA(modules, 0.9)
@@ -217,12 +132,6 @@ def test_outputs_that_cannot_be_written_are_named(tmp_path):
         TrainingRun(tmp_path / "file" / "run", {}, 1, 1)
 
 
-@pytest.mark.parametrize("buckets", [(), ((17, 64, 64),), ((17, 64, 64, 8, 0, 1.0),)])
-def test_bad_buckets_are_named(buckets):
-    with pytest.raises(UsageError, match="buckets"):
-        read_buckets(TrainConfig(buckets=buckets))
-
-
 def test_unknown_setting_is_a_usage_error(capsys):
     assert train_main(["--stepps", "3"]) == 2
     assert "steps" in capsys.readouterr().err
@@ -230,9 +139,13 @@ def test_unknown_setting_is_a_usage_error(capsys):
 
 def test_committed_configs_are_accepted():
     vae = TrainVAEConfig(**load_config_file("configs/tiny/train/vae.py"))
-    transformer = TrainConfig(**load_config_file("configs/tiny/train/stdit.py"))
     assert sum(vae.stages) > 1000
-    assert read_buckets(transformer)[0].name == "17x64x64"
+    transformer = TrainConfig(**load_config_file("configs/tiny/train/stdit.py"))
+    dataset = dataset_of(transformer)
+    sizes = set(dataset.sizes)
+    planned = {batch.size for batch in sampler_of(transformer, dataset, 1).epoch(0)}
+    assert planned == sizes
+    assert {size.frames for size in sizes} == {1, 17, 34}
 
 
 def test_learning_rate_warms_up_and_decays_to_zero():
