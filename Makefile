@@ -18,7 +18,7 @@ BUILD_INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell f
 export DEMO_PROMPT := $(value PROMPT)
 unexport PROMPT
 
-.PHONY: demo test lint bench benchmark static counted sanitize gpu clean help
+.PHONY: demo test lint bench benchmark static counted sanitize gpu training clean help
 
 demo: .venv/.demo
 	@$(PY) -m opensora generate --prompt="$$DEMO_PROMPT" $(ARGS)
@@ -66,6 +66,10 @@ sanitize: .venv/.test
 gpu:
 	@$(PYTHON) -m bench.gpu $(ARGS)
 
+# Training steps of STDiT3-XL/2 by recomputation policy, on this machine's own torch.
+training:
+	@$(PYTHON) -m bench.training $(ARGS)
+
 clean:
 	rm -rf .venv build dist samples opensora.egg-info opensora/_C*.abi3.so opensora/_build.json
 
@@ -76,6 +80,7 @@ help:
 	@echo 'make bench                     CPU kernels beside copies and peers, against the record'
 	@echo 'make benchmark [ARGS="-k rms"] every kernel under pytest-benchmark'
 	@echo 'make static                    gate the resources of every Triton and CUDA kernel, compiled'
+	@echo 'make training                  tokens/s, MFU and memory of training STDiT3-XL/2, on a GPU'
 	@echo 'make counted                   launches, bytes and graphs of a transformer block'
 	@echo 'make sanitize                  C++ kernels, and emulated CUDA, with address and undefined-behaviour checks'
 	@echo 'make gpu                       check, then time every kernel on this GPU; installs nothing'

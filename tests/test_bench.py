@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import cases, gpu, plot
+from bench import cases, gpu, plot, training
 from opensora import verified
 from opensora.testing import randn
 from opensora.training.plot import curves
@@ -184,3 +184,18 @@ def test_curves_of_training_stages_follow_one_another(tmp_path: Path) -> None:
         plot.main(["one=missing", "--output", str(out)])
     with pytest.raises(ValueError, match="nothing to draw"):
         curves({"empty": []}, "")
+
+
+def test_training_steps_are_measured_by_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--width", "64", "--depth", "1", "--buckets", "144p/1/2", "--steps", "1"]
+    output = tmp_path / "training.json"
+    assert training.run([*small, "--policies", "none", "full", "--output", str(output)]) == 0
+    results = json.loads(output.read_text("utf-8"))["results"]
+    assert set(results) == {"144p/1/2 none", "144p/1/2 full"}
+    # 2 images of 144x256: 18 x 32 latents, 9 x 16 patches.
+    for figures in results.values():
+        assert figures["tokens_per_second"] == pytest.approx(288 / figures["seconds"], rel=1e-3)
+        assert figures["gib"] > 0
+    assert "tokens/s" in capsys.readouterr().out
