@@ -40,6 +40,9 @@ class ShapesDataset:
         fps: frame rates, each as often.
         size_share: share of captions that state the size of the shape.
         seed: makes the scenes.
+        first_frame_alone: encode the first frame of a clip by itself as well, and let the clip's
+            latent begin with that: norms that span all frames tell the two apart, and a given
+            frame comes by itself.
 
     Raises:
         UsageError: a size that is none.
@@ -55,6 +58,7 @@ class ShapesDataset:
         fps: Sequence[float] = (FPS,),
         size_share: float = 0.6,
         seed: int = 42,
+        first_frame_alone: bool = False,
     ) -> None:
         if not clips or any(len(entry) != 4 or min(entry) < 1 for entry in clips):
             raise UsageError(
@@ -66,6 +70,7 @@ class ShapesDataset:
         self.ends = list(accumulate(entry[3] for entry in clips))
         self.pair_share, self.fps = pair_share, tuple(float(rate) for rate in fps)
         self.size_share, self.seed = size_share, seed
+        self.first_frame_alone = first_frame_alone
         self._latents: list[Tensor] = []
 
     def entries(self) -> list[Entry]:
@@ -89,7 +94,8 @@ class ShapesDataset:
         start = 0
         for size, stop in zip(self.sizes, self.ends, strict=True):
             path = folder / f"{size.frames}x{size.height}x{size.width}.safetensors"
-            key = json.dumps([digest, self.seed, self.pair_share, self.fps, start, stop])
+            made = (self.seed, self.pair_share, self.fps, self.first_frame_alone, start, stop)
+            key = json.dumps([digest, *made])
             if not _holds(path, key):
                 latents = self._encode(vae, size, start, stop)
                 with atomic(path) as partial:
@@ -153,6 +159,8 @@ class ShapesDataset:
                 x = torch.stack([to_model(clip) for clip in clips])
                 with torch.autocast(place.device.type, torch.bfloat16):
                     z = vae.encode(x.to(place.device), sample=False)
+                    if self.first_frame_alone and size.frames > 1:
+                        z[:, :, :1] = vae.encode(x[:, :, :1].to(place.device), sample=False)
                 parts.append(z.to("cpu", torch.float16))
                 report(last - start, stop - start)
         vae.micro_batch_size = micro

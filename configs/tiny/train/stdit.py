@@ -27,6 +27,7 @@ dataset = dict(
     pair_share=0.3,
     fps=(8, 8, 12),
     size_share=0.6,
+    first_frame_alone=True,
 )
 # Every clip is of exactly one bucket's size.
 bucket_config = {
