@@ -16,7 +16,7 @@ from opensora.program import run_program
 COMMANDS = {
     "generate": "clips and images from text",
     "export": "a training checkpoint as safetensors that generate loads",
-    "data": "what training makes of a table of clips: opensora data explain",
+    "data": "tables of clips: opensora data table, opensora data explain",
     "doctor": "check this installation: every kernel against its reference",
 }
 

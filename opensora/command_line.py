@@ -125,7 +125,7 @@ class FlagReader:
             elif self._section(flag):
                 if not equals and not words:
                     raise UsageError(f"{flag}: expected a value, as in {flag}=VALUE")
-                key = self._section(flag) + flag[flag.index(".") :]
+                key = self._section(flag) + flag[flag.index(".") :].replace("-", "_")
                 overrides[key] = parse_value(value if equals else words.pop(0))
             else:
                 flag = flag.replace("_", "-")

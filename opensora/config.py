@@ -125,6 +125,7 @@ def parse_command_line(
     *,
     description: str = "",
     environ: Mapping[str, str] | None = None,
+    others: type | None = None,
 ) -> tuple[C, Sources]:
     """Read defaults, configuration file, environment and flags into a configuration.
 
@@ -135,6 +136,8 @@ def parse_command_line(
         program: name shown in `--help`.
         description: text above the flags in `--help`.
         environ: stands in for os.environ.
+        others: configuration class of another program; its files are taken too, and what they say
+            beyond this one's fields has no effect.
 
     Returns:
         The configuration, and the source of each of its fields.
@@ -159,7 +162,8 @@ def parse_command_line(
         for name, field in fields.items()
         if field.env and (text := environ.get(ENVIRONMENT_PREFIX + name.upper()))
     }
-    unknown = [key for key in file if key not in fields]
+    theirs = {field.name for field in dataclasses.fields(others)} if others else set()
+    unknown = [key for key in file if key not in fields and key not in theirs]
     if unknown:
         hint = suggest(unknown[0], fields)
         raise UsageError(f"{file.where(unknown[0])}: unknown key {unknown[0]!r}{hint}")

@@ -2,11 +2,12 @@
 
     python scripts/misc/extract_feat.py CONFIG --data-path meta.csv --outputs features
 
-CONFIG has Open-Sora's keys: dataset, bucket_config, vae, text_encoder, save_text_features. Every
-row is encoded at the size of its bucket. What is stored of a latent is mean and deviation, so that
-training goes on drawing it. The program can be killed at any moment and called again: rows that
-are stored are skipped. `--start-index` and `--end-index` share the table among processes that
-write into one folder. Without latents (`--no-save-latents`) it is a cache of texts.
+CONFIG has Open-Sora's keys: dataset, bucket_config, vae, text_encoder, save_text_features. The
+training's own file will do, with --outputs. Every row is encoded at the size of its bucket. What is
+stored of a latent is mean and deviation, so that training goes on drawing it. The program can be
+killed at any moment and called again: rows that are stored are skipped. `--start-index` and
+`--end-index` share the table among processes that write into one folder. Without latents
+(`--no-save-latents`) it is a cache of texts.
 
     dataset = dict(type="CachedFeatures", data_path="features")      # in the training's CONFIG
 """
@@ -41,6 +42,7 @@ from opensora.extract_config import ExtractConfig
 from opensora.feature_encoders import Encoders, load_encoders
 from opensora.pipeline_parts import PipelineParts
 from opensora.program import run_program, stop_if_requested
+from opensora.train_config import TrainConfig
 
 NO_SIZE = Size(0, 0, 0)
 
@@ -282,7 +284,11 @@ def main(argv: Sequence[str] | None = None, program: str = "extract_feat.py") ->
     def start() -> int:
         words = sys.argv[1:] if argv is None else argv
         config, sources = parse_command_line(
-            ExtractConfig, words, program, description=(__doc__ or "").split("\n\n")[0]
+            ExtractConfig,
+            words,
+            program,
+            description=(__doc__ or "").split("\n\n")[0],
+            others=TrainConfig,
         )
         for note in sources.notes:
             print(f"note: {note}", file=sys.stderr)

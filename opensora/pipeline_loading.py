@@ -52,7 +52,7 @@ def load_parts(
             STDiT3,
             part.source,
             subfolder=part.subfolder,
-            config=_model_config(part),
+            config=model_config(part),
             dtype=dtype,
             device=device,
             progress=progress.stage("loading the transformer", "B"),
@@ -105,7 +105,7 @@ def load_text_encoder(
     return encoder
 
 
-def _model_config(part: Part) -> dict[str, Any] | None:
+def model_config(part: Part) -> dict[str, Any] | None:
     """Return the architecture to build; None leaves it to the checkpoint.
 
     A checkpoint's config.json is overridden by what the configuration says, and must be of the

@@ -9,6 +9,7 @@ under `outputs`, with its configuration, log, checkpoints and, at the end, avera
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -57,12 +58,14 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
             program,
             description="Train a text-to-video transformer.",
         )
-        if not config.quiet:
+        main_process = os.environ.get("RANK", "0") == "0"
+        if main_process and not config.quiet:
             print(sources.table(config), flush=True)
             for note in sources.notes:
                 print(note, flush=True)
         folder = train(config)
-        print(folder)
+        if main_process and not config.dry_run:
+            print(folder)
         return 0
 
     return run_program(run)

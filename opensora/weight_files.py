@@ -104,6 +104,11 @@ def locate(source: str | os.PathLike[str], subfolder: str | None = None) -> Weig
         raise WeightsError(
             f"{shown} is a training checkpoint; make a model of it: opensora export {shown} OUT"
         )
+    if any(path.glob("epoch*-global_step*/index.json")):
+        raise WeightsError(
+            f"{shown} is a training run; name the model or pipeline folder in it, or make one of "
+            f"its newest checkpoint: opensora export {shown} OUT"
+        )
     if (path / "model").is_dir() and not config.is_file():
         # A training run's folder; the averages beside it (ema.pt) are not the whole model.
         config, files = path / "model" / "config.json", _weights_in(path / "model")

@@ -29,7 +29,7 @@ _ALIASES = {"video": "path", "caption": "text"}
 #: What people call the column of files, with a column's own name not near enough to `path`.
 _FILES = ("file", "filename", "file_name", "video_path", "filepath", "image", "url", "name", "clip")
 _MISSING = ("", "nan", "none", "null", "n/a", "na")
-_MEDIA = ".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .ts .gif .jpg .jpeg .png .bmp .webp .tif .tiff"
+MEDIA = ".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .ts .gif .jpg .jpeg .png .bmp .webp .tif .tiff"
 
 
 @dataclass(slots=True)
@@ -179,7 +179,7 @@ def _headless(cells: Sequence[str]) -> tuple[str, ...]:
     """Return the columns of a file that begins with a row, () if it begins with names."""
     if "path" in cells or "video" in cells:
         return ()
-    if cells and Path(cells[0]).suffix.lower() in _MEDIA.split() and len(cells) <= 2:
+    if cells and Path(cells[0]).suffix.lower() in MEDIA.split() and len(cells) <= 2:
         return ("path", "text")[: len(cells)]
     return ()
 

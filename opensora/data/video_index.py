@@ -104,11 +104,7 @@ def _cut_off(file: VideoFile, count: int, size: int, seconds: float) -> None:
     """Raise if a file ends before the frames that its own header or index promises."""
     promised = file.stream.frames
     if "mp4" in file.container.format.name:
-        # An edit may hide frames that the header counts, so only the bytes prove it.
-        entries = file.stream.index_entries
-        if entries and max(e.pos + e.size for e in entries) > size:
-            whole = sum(e.pos + e.size <= size for e in entries)
-            raise UnreadableError(f"the file is cut off: {whole} of {len(entries)} frames are left")
+        _check_end(file, size)
     elif count < promised * (1 - _MISCOUNT) - 1:
         raise UnreadableError(f"the file is cut off: {count} of {promised} frames are left")
     elif seconds and "matroska" in file.container.format.name:
@@ -117,6 +113,30 @@ def _cut_off(file: VideoFile, count: int, size: int, seconds: float) -> None:
             raise UnreadableError(
                 f"the file is cut off: {seconds:.2f} of {promise:.2f} seconds are left"
             )
+
+
+def check_end(path: Path) -> None:
+    """Check a video for its end without reading it; files of the mp4 family alone can tell.
+
+    Raises:
+        UnreadableError: it ends before the frames of its index, or it is no video.
+        SampleError: the storage failed.
+    """
+    with open_video(path) as file:
+        _check_end(file, path.stat().st_size)
+
+
+def _check_end(file: VideoFile, size: int) -> None:
+    """Raise if a file of `size` bytes ends before the frames of its index.
+
+    An edit may hide frames that the header counts, so only the bytes prove it.
+    """
+    if "mp4" not in file.container.format.name:
+        return
+    entries = file.stream.index_entries
+    if entries and max(e.pos + e.size for e in entries) > size:
+        whole = sum(e.pos + e.size <= size for e in entries)
+        raise UnreadableError(f"the file is cut off: {whole} of {len(entries)} frames are left")
 
 
 def _seconds(file: VideoFile) -> float:

@@ -12,7 +12,6 @@ import logging
 import os
 import threading
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -35,9 +34,6 @@ __all__ = ["Checkpointer", "Progress"]
 
 log = logging.getLogger("opensora")
 T = TypeVar("T")
-
-# Without a process group DCP warns on every call that there is none.
-warnings.filterwarnings("ignore", "torch.distributed is disabled", module=r"torch\.distributed")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

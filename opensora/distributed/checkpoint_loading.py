@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from opensora.errors import WeightsError
 from opensora.weight_files import read_json
 
 log = logging.getLogger("opensora")
+
+# Without a process group DCP warns on every call that there is none.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", module=r"torch\.distributed")
 
 
 @dataclasses.dataclass

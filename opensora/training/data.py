@@ -85,7 +85,10 @@ def validation_settings(config: TrainConfig) -> dict[str, Any] | None:
     for key in config.validation:
         if key not in VALIDATION:
             raise UsageError(f"validation: unknown key {key!r}{suggest(str(key), VALIDATION)}")
-    return {**VALIDATION, **config.validation}
+    settings = {**VALIDATION, **config.validation}
+    if isinstance(settings["prompts"], str):
+        settings["prompts"] = (settings["prompts"],)
+    return settings
 
 
 def build_validation(

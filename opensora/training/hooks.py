@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
-from opensora.data.batch import Dataset
+from opensora.data.batch import Dataset, Size
+from opensora.data.sampler import Sampler
 from opensora.distributed.collectives import all_reduce
 from opensora.errors import UsageError
 from opensora.pipeline import OpenSoraPipeline
@@ -73,12 +75,28 @@ def hooks_of(
             "reads features"
         )
 
+    defaults = {**_usual_size(trainer.loader.sampler), **(config.defaults or {})}
+
     def draw(step: int) -> None:
-        pipeline = OpenSoraPipeline(
-            models.transformer, vae, encoder, scheduler, defaults=config.defaults or {}
-        )
+        pipeline = OpenSoraPipeline(models.transformer, vae, encoder, scheduler, defaults=defaults)
         with trainer.ema.swap():
-            sample_clips(pipeline, settings["prompts"], folder, step, rank=world.rank)
+            sample_clips(
+                pipeline,
+                settings["prompts"],
+                folder,
+                step,
+                fps=float(defaults["fps"]),
+                rank=world.rank,
+            )
 
     hooks.append((int(settings["every"]), draw))
     return hooks
+
+
+def _usual_size(sampler: Sampler) -> dict[str, float]:
+    """Return the size that most clips of an epoch are read at, as the defaults of a request."""
+    clips: Counter[Size] = Counter()
+    for batch in sampler.epoch(0):
+        clips[batch.size] += len(batch.indices)
+    size = clips.most_common(1)[0][0]
+    return {"num_frames": size.frames, "height": size.height, "width": size.width, "fps": 24.0}

@@ -6,7 +6,7 @@ B batch, T frames, H x W pixels; latents are [B, C, t, h, w]; L text tokens, D t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +18,14 @@ from opensora.checkpoint import load_model
 from opensora.data.batch import Batch
 from opensora.devices import DTYPES
 from opensora.errors import UsageError
-from opensora.models.stdit import PRESETS, STDiT3, STDiT3Config, build_stdit
+from opensora.models.stdit import STDiT3, build_stdit
 from opensora.models.text_encoder import T5TextEncoder
 from opensora.models.vae import VideoAutoencoder
 from opensora.models.vae.loading import build_vae
 from opensora.pipeline_folder import pipeline_folder
+from opensora.pipeline_loading import model_config
 from opensora.pipeline_options import VAE_KEYS, model_options, text_options, vae_options
+from opensora.pipeline_parts import Part
 from opensora.train_config import TrainConfig
 from opensora.weight_loading import load_weights
 
@@ -139,24 +141,18 @@ def _load_transformer(config: TrainConfig) -> STDiT3:
         return build_stdit(options)
     described = options.get("type") != "STDiT3" or len(options) > 1
     folder = pipeline_folder(source)
-    if folder is None and described:  # checkpoints of training runs, of upstream and of PixArt too
+    part = Part(str(folder or source), "transformer" if folder else None, options)
+    if described and part.config() is None:  # checkpoints of runs, of upstream and of PixArt too
         model = build_stdit(options)
         load_weights(model, source)
         return model
     return load_model(
         STDiT3,
-        folder or source,
-        subfolder="transformer" if folder else None,
-        config=_architecture(options) if described else None,
+        part.source,
+        subfolder=part.subfolder,
+        config=model_config(part) if described else None,
         dtype=torch.float32,
     )
-
-
-def _architecture(options: Mapping[str, Any]) -> STDiT3Config:
-    """Return what the checked keys of a model's dict describe."""
-    rest = {key: value for key, value in options.items() if key != "type"}
-    preset = PRESETS.get(options.get("type", "STDiT3"))
-    return STDiT3Config.from_dict({**(preset.to_dict() if preset else {}), **rest})
 
 
 def _load_vae(

@@ -100,6 +100,9 @@ class Trainer:
 
     def run(self) -> bool:
         """Take the remaining steps; False if a signal ended the run early, its state saved."""
+        first = self.progress.global_step
+        if first >= self.total:
+            self._say(f"all {self.total} steps are taken; raise --max-steps or --epochs for more")
         batches = self.loader.batches(self.progress.batch)
         self.metrics.start()
         with self._interruptible():
@@ -107,7 +110,7 @@ class Trainer:
                 with self.metrics.waiting():
                     taken = self._take(batches)
                 if not taken:
-                    self._finish()
+                    self._finish(first)
                     break
                 with watched(f"step {self.progress.global_step}"):
                     verdict = self.step(taken)
@@ -129,10 +132,24 @@ class Trainer:
                             hook(done)
         return True
 
-    def _finish(self) -> None:
+    def _finish(self, first: int) -> None:
         """Save at the end of the data, before the last step that was reckoned with."""
+        done = self.progress.global_step
+        self._say(
+            f"the data ended after step {done} of {self.total}: all epochs are over; raise "
+            "--epochs for more"
+        )
+        if done == first:
+            return
         if self.watchdog.in_row == 0:
             self.save(wait=True)
+        for every, hook in self.hooks:
+            if done % every:
+                hook(done)
+
+    def _say(self, text: str) -> None:
+        if self.learner.world.is_main:
+            print(text, flush=True)
 
     def step(self, batches: list[Batch]) -> Verdict:
         """Take one step: gradients of all batches, then, if they are sound, the weights."""
@@ -237,8 +254,7 @@ class Trainer:
             if self._stopping.is_set():
                 raise KeyboardInterrupt
             self._stopping.set()
-            if self.learner.world.is_main:
-                print("stopping after this step; once more to stop at once", flush=True)
+            self._say("stopping after this step; once more to stop at once")
 
         before: dict[signal.Signals, Any] = {}
         try:
