@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from opensora.distributed.checkpoint import Checkpointer
 from opensora.distributed.collectives import all_reduce, broadcast_object
 from opensora.distributed.mesh import World
 from opensora.distributed.run_folders import STATES, find_run, new_run_folder
-from opensora.errors import UsageError
+from opensora.errors import OpenSoraError, UsageError
 from opensora.export import export
-from opensora.files import write_text
 from opensora.lora import save_lora
 from opensora.models.vae.loading import find_trained
 from opensora.pipeline import OpenSoraPipeline
@@ -31,17 +29,16 @@ from opensora.pipeline_folder import pipeline_folder
 from opensora.schedulers.rflow import RFlow
 from opensora.train_config import TrainConfig
 from opensora.training import dry_run
-from opensora.training.data import (
-    dataset_of,
-    sampler_of,
-)
+from opensora.training.data import dataset_of, sampler_of, validation_settings
 from opensora.training.dry_run import StepTimer, fitted_buckets, try_buckets
 from opensora.training.ema import EMA
 from opensora.training.flops import peak_flops, training_flops
 from opensora.training.hooks import hooks_of
-from opensora.training.learner import build_learner
+from opensora.training.learner import build_learner, check_sections
 from opensora.training.metrics import Metrics
 from opensora.training.models import Models, build_models, weights_of
+from opensora.training.place import plan_digest
+from opensora.training.record import record_settings
 from opensora.training.schedule import Schedule
 from opensora.training.trackers import open_trackers
 from opensora.training.trainer import Trainer
@@ -57,6 +54,8 @@ class Run:
         self.dataset = dataset_of(config)
         self.sampler = sampler_of(config, self.dataset, world.dp_size * config.accumulation_steps)
         self.total = count_steps(config, self.sampler)
+        check_sections(config)
+        validation_settings(config)
 
     def train(self) -> Path:
         """Take all steps, then write the averaged weights."""
@@ -69,8 +68,11 @@ class Run:
         if config.dry_run:
             return self._dry_run()
         trainer = self._trainer(models)
-        if config.load is not None and not config.start_from_scratch:
+        if resumed is not None:
             trainer.resume(self._checkpoint())
+            for line in _on_main(world, lambda: record_settings(resumed, config), "settings"):
+                if world.is_main:
+                    print(f"changed since the run was last started: {line}", flush=True)
         trainer.metrics = self._metrics(trainer.progress.global_step)
         trainer.hooks = hooks_of(config, models, trainer, self.scheduler, self._encode)
         modules = self.learner.modules
@@ -127,8 +129,7 @@ class Run:
         if self.config.dry_run:
             return outputs
         folder = new_run_folder(outputs, str((self.config.model or {}).get("type", "STDiT3")))
-        settings = json.dumps(dataclasses.asdict(self.config), indent=1, default=str)
-        write_text(folder / "config.json", settings + "\n")
+        record_settings(folder, self.config)
         return folder
 
     def _checkpoint(self) -> str:
@@ -196,6 +197,7 @@ class Run:
             bool(weights_of(config)),
             config.ckpt_every,
             flops,
+            plan_digest(self.sampler),
         )
 
     def _metrics(self, first_step: int) -> Metrics:
@@ -253,9 +255,8 @@ class Run:
 
 def count_steps(config: TrainConfig, sampler: Sampler) -> int:
     """Return the steps of a run; buckets with probabilities give a few more or less."""
-    if config.max_steps is not None:
-        return config.max_steps
-    return config.epochs * sampler.length(0) // sampler.replicas
+    steps = config.epochs * sampler.length(0) // sampler.replicas
+    return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
 def schedule_of(config: TrainConfig, total: int) -> Schedule:
@@ -283,7 +284,7 @@ def _on_main(world: World, action: Any, what: str) -> Any:
     if world.is_main:
         try:
             result = (action(), None)
-        except (UsageError, OSError) as error:
+        except (OpenSoraError, OSError) as error:
             result = (None, error)
     value, problem = broadcast_object(result, what)
     if problem is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from opensora.errors import UsageError
 from opensora.schedulers.rflow import RFlow
 from opensora.train_config import TrainConfig
 from opensora.training.models import Models, precision
+from opensora.training.objective import conditions_of
 from opensora.training.validation import Planned, Prepared, Validation
 
 #: Keys of the configuration's `validation`, and what they are without one.
@@ -78,14 +79,20 @@ def validation_settings(config: TrainConfig) -> dict[str, Any] | None:
     """Return `validation` with its defaults, None where there is none.
 
     Raises:
-        UsageError: an unknown key.
+        UsageError: an unknown key, or a number below 1.
     """
     if not config.validation:
         return None
     for key in config.validation:
         if key not in VALIDATION:
             raise UsageError(f"validation: unknown key {key!r}{suggest(str(key), VALIDATION)}")
-    return {**VALIDATION, **config.validation}
+    settings = {**VALIDATION, **config.validation}
+    for key in ("every", "samples", "timesteps"):
+        if not isinstance(settings[key], int) or settings[key] < 1:
+            raise UsageError(
+                f"validation.{key} must be a whole number of at least 1, got {settings[key]!r}"
+            )
+    return settings
 
 
 def build_validation(
@@ -122,9 +129,7 @@ def build_validation(
 
     def prepare(index: int) -> Prepared:
         batch = loader.read(Step(index, 0, kept[index]))
-        given: Mapping[str, Tensor] = {
-            name: value.to(world.device) for name, value in batch.conditions.items()
-        }
+        given = conditions_of(config, batch, world.device)
         with precision(config, world.device):
             y, mask = models.text(batch, world.device)
         return Prepared(
