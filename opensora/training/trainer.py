@@ -76,6 +76,7 @@ class Trainer:
         self._stopping = threading.Event()
         self._saved = -1  # step of the checkpoint that a rewind goes to
         self._good = "latest"  # and where it is: not always the newest of the folder
+        self._noted = False  # whether the first loss was judged
         self._late = False  # whether one is due since a bad step
         self._rates = [group["initial_lr"] for group in self.learner.optimizer.param_groups]
 
@@ -87,6 +88,7 @@ class Trainer:
         if found is None:
             raise UsageError(f"{self.checkpointer.folder} holds no checkpoint to go on from")
         self.progress, self._saved, self._good = found, found.global_step, which
+        self._noted = True
         # The configuration's rates, which may have been changed.
         for group, rate in zip(self.learner.optimizer.param_groups, self._rates, strict=True):
             group["initial_lr"] = rate
@@ -182,7 +184,9 @@ class Trainer:
             extreme=clipped.extreme,
             details={"batches": [batch.number for batch in batches], "bucket": batches[0].bucket},
         )
-        if verdict is Verdict.OK:
+        # None of the step's rows could be read anywhere: momentum alone must not move the weights.
+        empty = clipped.before == 0
+        if verdict is Verdict.OK and not empty:
             self.learner.optimizer.step()
             self.ema.update()
         self.progress.batch = self._after(batches)
@@ -191,8 +195,10 @@ class Trainer:
         self.progress.step += 1
         self.progress.global_step += 1
         loss = sum(means) / len(means) if means else float("nan")
-        if step == 0 and self.learner.world.is_main:
-            print(starting_note(loss, pretrained=self.pretrained), flush=True)
+        if means and not self._noted:
+            self._noted = True
+            if self.learner.world.is_main:
+                print(starting_note(loss, pretrained=self.pretrained), flush=True)
         self.metrics.step(
             step,
             loss,

@@ -1,7 +1,7 @@
 """Kill the training program at random moments, over and over: it must end as if nothing had been.
 
 One process imports everything and forks a training from itself for every life, so that a life costs
-a second. Sixty kills: `python tests/training/test_kills.py 60`.
+a second. Fifty kills: `python tests/training/test_kills.py 50`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from opensora.train_config import TrainConfig
 from opensora.training.metrics import read_metrics
 from opensora.training.models import build_models
 
-STEPS = 16
+STEPS = 24
 SETTINGS: dict[str, Any] = {
     "dataset": {"type": "ShapesDataset", "clips": [(17, 64, 64, 8), (1, 64, 64, 16)]},
     "bucket_config": {"64p": {1: (1.0, 4), 17: (0.8, 2)}},
@@ -124,7 +124,7 @@ def kill_loop(folder: Path, kills: int) -> dict[str, int]:
         while True:
             found["resumed"] += any(checkpoints(run) for run in outputs.glob("*-STDiT3"))
             enough = found["kills"] >= kills
-            if life(outputs, None if enough else rng.uniform(0.2, 0.9) * seconds):
+            if life(outputs, None if enough else rng.uniform(0.1, 0.5) * seconds):
                 break
             found["kills"] += 1
             found["in_a_write"] += bool(list(outputs.glob("*/.*.partial")))
@@ -139,7 +139,7 @@ def kill_loop(folder: Path, kills: int) -> dict[str, int]:
 def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_was_not(
     tmp_path: Path,
 ) -> None:
-    kills = int(os.environ.get("OPENSORA_KILLS", "8"))
+    kills = int(os.environ.get("OPENSORA_KILLS", "10"))
     command = [sys.executable, __file__, str(kills), str(tmp_path)]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -147,7 +147,7 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_was_n
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kills"] >= kills
-    assert found["resumed"] >= kills // 4
+    assert found["resumed"] >= kills // 3
     assert found["ends"] >= 1
 
 
