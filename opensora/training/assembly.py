@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from opensora.checkpoint import weights_digest
 from opensora.data.batch import Batch, Dataset
@@ -21,10 +20,7 @@ from opensora.distributed.collectives import all_reduce, broadcast_object
 from opensora.distributed.mesh import World
 from opensora.distributed.run_folders import STATES, find_run, new_run_folder
 from opensora.errors import OpenSoraError, UsageError
-from opensora.export import export
-from opensora.lora import save_lora
 from opensora.models.vae.loading import find_trained
-from opensora.pipeline import OpenSoraPipeline
 from opensora.pipeline_folder import pipeline_folder
 from opensora.schedulers.rflow import RFlow
 from opensora.train_config import TrainConfig
@@ -37,6 +33,7 @@ from opensora.training.hooks import hooks_of
 from opensora.training.learner import build_learner, check_sections
 from opensora.training.metrics import Metrics
 from opensora.training.models import Models, build_models, weights_of
+from opensora.training.outcome import write_lora, write_weights
 from opensora.training.place import plan_digest
 from opensora.training.record import record_settings
 from opensora.training.schedule import Schedule
@@ -56,6 +53,7 @@ class Run:
         self.total = count_steps(config, self.sampler)
         check_sections(config)
         validation_settings(config)
+        weights_of(config)
 
     def train(self) -> Path:
         """Take all steps, then write the averaged weights."""
@@ -91,7 +89,7 @@ class Run:
             if world.is_main:
                 print(f"stopped and saved; go on with --load {self.folder}", flush=True)
             return self.folder
-        self._export(models, modules, trainer.ema)
+        self._write(models, trainer.ema)
         return self.folder
 
     def _dry_run(self) -> Path:
@@ -223,34 +221,15 @@ class Run:
         """List (frames, height, width) of what an epoch holds."""
         return [list(size) for size in sorted({batch.size for batch in self.sampler.epoch(0)})]
 
-    def _export(self, models: Models, modules: dict[str, nn.Module], ema: EMA) -> None:
-        """Write the averaged weights: of the transformer, or a pipeline if more was trained."""
+    def _write(self, models: Models, ema: EMA) -> None:
+        """Write the averaged weights that inference loads."""
         if self.config.lora:
-            with ema.swap():
-                save_lora(models.transformer, self.folder / "lora")
-            if self.world.is_main:
-                print(f"saved {self.folder / 'lora'}", flush=True)
-            return
-        if "text_encoder" not in modules:
-            if self.world.is_main:
-                export(self.folder, self.folder / "transformer")
-                print(f"saved {self.folder / 'transformer'}", flush=True)
-            return
-        target = self.folder / "pipeline"
-        if self.world.size > 1 or models.vae is None or models.text_encoder is None:
-            if self.world.is_main:
-                print(f"opensora export {self.folder} OUT --pipeline PIPELINE writes the weights")
-            return
-        with ema.swap():
-            pipeline = OpenSoraPipeline(
-                models.transformer.eval(),
-                models.vae,
-                models.text_encoder.eval(),
-                self.scheduler,
-                defaults={**(self.config.defaults or {}), "trained_sizes": self._sizes()},
-            )
-            pipeline.save_pretrained(target, dtype=torch.bfloat16)
-        print(f"saved {target}", flush=True)
+            written: Path | None = write_lora(models, ema, self.folder)
+        else:
+            defaults = {**(self.config.defaults or {}), "trained_sizes": self._sizes()}
+            written = write_weights(models, self.scheduler, self.folder, defaults, self.world)
+        if self.world.is_main and written is not None:
+            print(f"saved {written}", flush=True)
 
 
 def count_steps(config: TrainConfig, sampler: Sampler) -> int:

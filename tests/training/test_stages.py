@@ -1,4 +1,4 @@
-"""Train by Open-Sora 1.2's stage configurations, and by a file as upstream writes it, on real clips.
+"""Train by Open-Sora 1.2's stage configurations, ours and as upstream writes them, on real clips.
 
 The models are tiny and the batches small; sizes, lengths, probabilities and masks are the files'.
 """
