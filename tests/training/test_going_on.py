@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,8 @@ from opensora.models.stdit import STDiT3
 from opensora.training.objective import Losses, Objective
 from opensora.training.place import find_place, place, plan_digest
 from opensora.weight_sources import read_weights
-from tests.training.test_program import CONFIG, ROOT, losses, newest, run
+from tests.forks import Forks
+from tests.training.test_program import CONFIG, losses, newest, run
 
 FROZEN: dict[str, Any] = {
     "text_encoder": {"type": "t5", "from_pretrained": "tiny"},
@@ -206,17 +205,12 @@ def test_lora_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert losses(cut) == losses(whole)
 
 
-def test_offloaded_weights_train_with_a_text_encoder_as_others_do(tmp_path: Path) -> None:
-    script = (
-        "import sys; from tests.training.test_program import *;"
-        "print(losses(run(Path(sys.argv[1]), max_steps=3, cpu_offload=True)))"
-    )
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "a")],
-        env=environ, timeout=120, check=True, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    found = [float(x) for x in done.stdout.splitlines()[-1].strip("[]").split(",")]
+def test_offloaded_weights_train_with_a_text_encoder_as_others_do(
+    tmp_path: Path, forks: Forks
+) -> None:
+    fork = forks.start(Path(__file__), "offload", str(tmp_path / "a"))
+    assert fork.wait() == 0, fork.printed
+    found = losses(tmp_path / "a/000-STDiT3")
     assert found == pytest.approx(losses(run(tmp_path / "b", max_steps=3)), rel=1e-5)
 
 
@@ -238,30 +232,10 @@ def test_settings_that_do_not_fit_are_told_before_models_are_read(
 
 
 def test_rows_that_one_process_of_a_sequence_group_cannot_read_are_left_out_on_all(
-    tmp_path: Path,
+    tmp_path: Path, forks: Forks
 ) -> None:
     """Two processes share every batch; one of them cannot read some rows."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environ = {
-        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }  # fmt: skip
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path / "two"), "2"],
-            env={**environ, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    try:
-        printed = [process.communicate(timeout=120)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], "\n".join(printed)
+    forks.ranks(2, Path(__file__), "rows", str(tmp_path / "two"))
     load, damaged = ShapesDataset.load, damage
     try:
         damaged()
@@ -299,7 +273,9 @@ def train_damaged(outputs: Path, sp_size: int) -> Path:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if os.environ["RANK"] == "1":
-        damage()
-    train_damaged(Path(sys.argv[1]), int(sys.argv[2]))
+    if sys.argv[1] == "offload":
+        run(Path(sys.argv[2]), max_steps=3, cpu_offload=True)
+    else:
+        if os.environ["RANK"] == "1":
+            damage()
+        train_damaged(Path(sys.argv[2]), 2)
