@@ -48,6 +48,9 @@ class TrainConfig:
     ckpt_path: str | None = setting(
         None, "weights to start from (model.from_pretrained)", group=MODELS, metavar="PATH"
     )
+    clean_captions: bool = setting(
+        True, "clean captions as prompts are cleaned when clips are made", group=MODELS
+    )
     caption_fps: float | None = setting(
         None, "frame rate that the model is told (default: the clip's)", group=MODELS
     )
@@ -149,6 +152,11 @@ class TrainConfig:
         """
         if isinstance(self.grad_clip, str) and self.grad_clip != "adaptive":
             raise UsageError(f"grad_clip {self.grad_clip!r}: give a number or adaptive")
+        if self.dtype in ("fp16", "float16"):
+            raise UsageError(
+                f"dtype {self.dtype}: small gradients would round to 0 in it. Train in bf16, which "
+                "is as fast and has float32's range, or in fp32; make clips of the result in fp16"
+            )
         if self.start_from_scratch and self.load is None and self.ckpt_path is None:
             raise UsageError("--start-from-scratch needs --load, the checkpoint to take")
 

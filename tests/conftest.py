@@ -6,7 +6,7 @@ import ctypes
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from opensora.models.text_encoder import T5TextEncoder
 from opensora.models.vae import VideoAutoencoder, VideoAutoencoderConfig
 from opensora.pipeline import OpenSoraPipeline
 from opensora.schedulers.rflow import RFlow
+from tests.forks import Forks
 
 VAE = {
     "vae_2d": {
@@ -120,3 +121,11 @@ def native_device(request: pytest.FixtureRequest) -> str:
         return "cuda"
     request.getfixturevalue("emulator")(request.param)
     return "cpu"
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Return what starts processes that need not import anything."""
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()

@@ -29,7 +29,8 @@ OTHERS = "nproc-per-node nnodes rdzv-endpoint force output config pipeline no-em
 def programs(folder: Path) -> None:
     """Put `python`, `opensora` and `torchrun` of this interpreter into a folder."""
     folder.mkdir()
-    for name, module in {"python": "", "opensora": "-m opensora", "torchrun": "-m torch.distributed.run"}.items():  # fmt: skip
+    programs = {"python": "", "opensora": "-m opensora", "torchrun": "-m torch.distributed.run"}
+    for name, module in programs.items():
         script = folder / name
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
         script.chmod(0o755)

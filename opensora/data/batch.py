@@ -6,8 +6,8 @@ B batch, T frames, H x W pixels; latents are [B, C, t, h, w]; L text tokens.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -110,3 +110,19 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def keep(self, names: Collection[str]) -> Batch:
+        """Return the batch with those of its rows alone."""
+        rows = [row for row, name in enumerate(self.names) if name in names]
+        if len(rows) == len(self.names):
+            return self
+        return replace(
+            self,
+            names=[self.names[row] for row in rows],
+            video=None if self.video is None else self.video[rows],
+            latent=None if self.latent is None else self.latent[rows],
+            text=None if self.text is None else [self.text[row] for row in rows],
+            states=None if self.states is None else self.states[rows],
+            mask=None if self.mask is None else self.mask[rows],
+            conditions={name: value[rows] for name, value in self.conditions.items()},
+        )

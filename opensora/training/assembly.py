@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from opensora.checkpoint import weights_digest
 from opensora.data.batch import Batch, Dataset
@@ -21,27 +19,23 @@ from opensora.distributed.checkpoint import Checkpointer
 from opensora.distributed.collectives import all_reduce, broadcast_object
 from opensora.distributed.mesh import World
 from opensora.distributed.run_folders import STATES, find_run, new_run_folder
-from opensora.errors import UsageError
-from opensora.export import export
-from opensora.files import write_text
-from opensora.lora import save_lora
+from opensora.errors import OpenSoraError, UsageError
 from opensora.models.vae.loading import find_trained
-from opensora.pipeline import OpenSoraPipeline
 from opensora.pipeline_folder import pipeline_folder
 from opensora.schedulers.rflow import RFlow
 from opensora.train_config import TrainConfig
 from opensora.training import dry_run
-from opensora.training.data import (
-    dataset_of,
-    sampler_of,
-)
+from opensora.training.data import dataset_of, sampler_of, validation_settings
 from opensora.training.dry_run import StepTimer, fitted_buckets, try_buckets
 from opensora.training.ema import EMA
 from opensora.training.flops import peak_flops, training_flops
 from opensora.training.hooks import hooks_of
-from opensora.training.learner import build_learner
+from opensora.training.learner import build_learner, check_sections
 from opensora.training.metrics import Metrics
 from opensora.training.models import Models, build_models, weights_of
+from opensora.training.outcome import write_lora, write_weights
+from opensora.training.place import plan_digest
+from opensora.training.record import record_settings
 from opensora.training.schedule import Schedule
 from opensora.training.trackers import open_trackers
 from opensora.training.trainer import Trainer
@@ -57,6 +51,9 @@ class Run:
         self.dataset = dataset_of(config)
         self.sampler = sampler_of(config, self.dataset, world.dp_size * config.accumulation_steps)
         self.total = count_steps(config, self.sampler)
+        check_sections(config)
+        validation_settings(config)
+        weights_of(config)
 
     def train(self) -> Path:
         """Take all steps, then write the averaged weights."""
@@ -69,8 +66,11 @@ class Run:
         if config.dry_run:
             return self._dry_run()
         trainer = self._trainer(models)
-        if config.load is not None and not config.start_from_scratch:
+        if resumed is not None:
             trainer.resume(self._checkpoint())
+            for line in _on_main(world, lambda: record_settings(resumed, config), "settings"):
+                if world.is_main:
+                    print(f"changed since the run was last started: {line}", flush=True)
         trainer.metrics = self._metrics(trainer.progress.global_step)
         trainer.hooks = hooks_of(config, models, trainer, self.scheduler, self._encode)
         modules = self.learner.modules
@@ -89,7 +89,7 @@ class Run:
             if world.is_main:
                 print(f"stopped and saved; go on with --load {self.folder}", flush=True)
             return self.folder
-        self._export(models, modules, trainer.ema)
+        self._write(models, trainer.ema)
         return self.folder
 
     def _dry_run(self) -> Path:
@@ -127,8 +127,7 @@ class Run:
         if self.config.dry_run:
             return outputs
         folder = new_run_folder(outputs, str((self.config.model or {}).get("type", "STDiT3")))
-        settings = json.dumps(dataclasses.asdict(self.config), indent=1, default=str)
-        write_text(folder / "config.json", settings + "\n")
+        record_settings(folder, self.config)
         return folder
 
     def _checkpoint(self) -> str:
@@ -196,6 +195,7 @@ class Run:
             bool(weights_of(config)),
             config.ckpt_every,
             flops,
+            plan_digest(self.sampler),
         )
 
     def _metrics(self, first_step: int) -> Metrics:
@@ -221,41 +221,21 @@ class Run:
         """List (frames, height, width) of what an epoch holds."""
         return [list(size) for size in sorted({batch.size for batch in self.sampler.epoch(0)})]
 
-    def _export(self, models: Models, modules: dict[str, nn.Module], ema: EMA) -> None:
-        """Write the averaged weights: of the transformer, or a pipeline if more was trained."""
+    def _write(self, models: Models, ema: EMA) -> None:
+        """Write the averaged weights that inference loads."""
         if self.config.lora:
-            with ema.swap():
-                save_lora(models.transformer, self.folder / "lora")
-            if self.world.is_main:
-                print(f"saved {self.folder / 'lora'}", flush=True)
-            return
-        if "text_encoder" not in modules:
-            if self.world.is_main:
-                export(self.folder, self.folder / "transformer")
-                print(f"saved {self.folder / 'transformer'}", flush=True)
-            return
-        target = self.folder / "pipeline"
-        if self.world.size > 1 or models.vae is None or models.text_encoder is None:
-            if self.world.is_main:
-                print(f"opensora export {self.folder} OUT --pipeline PIPELINE writes the weights")
-            return
-        with ema.swap():
-            pipeline = OpenSoraPipeline(
-                models.transformer.eval(),
-                models.vae,
-                models.text_encoder.eval(),
-                self.scheduler,
-                defaults={**(self.config.defaults or {}), "trained_sizes": self._sizes()},
-            )
-            pipeline.save_pretrained(target, dtype=torch.bfloat16)
-        print(f"saved {target}", flush=True)
+            written: Path | None = write_lora(models, ema, self.folder)
+        else:
+            defaults = {**(self.config.defaults or {}), "trained_sizes": self._sizes()}
+            written = write_weights(models, self.scheduler, self.folder, defaults, self.world)
+        if self.world.is_main and written is not None:
+            print(f"saved {written}", flush=True)
 
 
 def count_steps(config: TrainConfig, sampler: Sampler) -> int:
     """Return the steps of a run; buckets with probabilities give a few more or less."""
-    if config.max_steps is not None:
-        return config.max_steps
-    return config.epochs * sampler.length(0) // sampler.replicas
+    steps = config.epochs * sampler.length(0) // sampler.replicas
+    return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
 def schedule_of(config: TrainConfig, total: int) -> Schedule:
@@ -283,7 +263,7 @@ def _on_main(world: World, action: Any, what: str) -> Any:
     if world.is_main:
         try:
             result = (action(), None)
-        except (UsageError, OSError) as error:
+        except (OpenSoraError, OSError) as error:
             result = (None, error)
     value, problem = broadcast_object(result, what)
     if problem is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from opensora.errors import UsageError
 from opensora.schedulers.rflow import RFlow
 from opensora.train_config import TrainConfig
 from opensora.training.models import Models, precision
+from opensora.training.objective import conditions_of
 from opensora.training.validation import Planned, Prepared, Validation
 
 #: Keys of the configuration's `validation`, and what they are without one.
@@ -78,7 +79,7 @@ def validation_settings(config: TrainConfig) -> dict[str, Any] | None:
     """Return `validation` with its defaults, None where there is none.
 
     Raises:
-        UsageError: an unknown key.
+        UsageError: an unknown key, or a number below 1.
     """
     if not config.validation:
         return None
@@ -88,6 +89,11 @@ def validation_settings(config: TrainConfig) -> dict[str, Any] | None:
     settings = {**VALIDATION, **config.validation}
     if isinstance(settings["prompts"], str):
         settings["prompts"] = (settings["prompts"],)
+    for key in ("every", "samples", "timesteps"):
+        if not isinstance(settings[key], int) or settings[key] < 1:
+            raise UsageError(
+                f"validation.{key} must be a whole number of at least 1, got {settings[key]!r}"
+            )
     return settings
 
 
@@ -125,9 +131,7 @@ def build_validation(
 
     def prepare(index: int) -> Prepared:
         batch = loader.read(Step(index, 0, kept[index]))
-        given: Mapping[str, Tensor] = {
-            name: value.to(world.device) for name, value in batch.conditions.items()
-        }
+        given = conditions_of(config, batch, world.device)
         with precision(config, world.device):
             y, mask = models.text(batch, world.device)
         return Prepared(

@@ -79,7 +79,8 @@ class StepTimer:
             batch.text = ["a" * (model.model_max_length - 1)] * batch_size
         else:
             words = model.model_max_length
-            batch.states = torch.zeros(batch_size, 1, words, model.caption_channels)
+            width = model.hidden_size if model.skip_y_embedder else model.caption_channels
+            batch.states = torch.zeros(batch_size, 1, words, width)
             batch.mask = torch.ones(batch_size, words, dtype=torch.int64)
         return batch
 

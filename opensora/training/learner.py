@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from opensora.config_file import suggest
 from opensora.data.masks import MaskGenerator
 from opensora.distributed.mesh import World
 from opensora.errors import UsageError
 from opensora.lora import add_lora
-from opensora.models.stdit.parallelize import freeze, parallelize
+from opensora.models.stdit.parallelize import freeze, parallelize, recomputed_blocks
 from opensora.schedulers.rflow import RFlow
 from opensora.train_config import TrainConfig
 from opensora.training.clip import AdaptiveClip, GradientClip
@@ -66,8 +67,14 @@ def build_learner(config: TrainConfig, world: World, models: Models, scheduler: 
         cpu_offload=config.cpu_offload,
     )
     modules = models.trained()
-    if world.size > 1 and "text_encoder" in modules:
-        fully_shard(modules["text_encoder"], mesh=world.shard_mesh)
+    weight = next(models.transformer.parameters())
+    if isinstance(weight, DTensor) and "text_encoder" in modules:
+        # An optimizer takes DTensors or tensors, not both.
+        offload: dict[str, Any] = {}
+        if config.cpu_offload:
+            pin = world.device.type == "cuda"
+            offload["offload_policy"] = CPUOffloadPolicy(pin_memory=pin)
+        fully_shard(modules["text_encoder"], mesh=weight.device_mesh, **offload)
     named = [(f"{n}.{k}", p) for n, m in modules.items() for k, p in m.named_parameters()]
     settings = {"lr": config.lr, "eps": config.adam_eps, "weight_decay": config.weight_decay}
     given = arguments(config.optimizer or {}, build_optimizer, "optimizer")
@@ -75,6 +82,19 @@ def build_learner(config: TrainConfig, world: World, models: Models, scheduler: 
     masks = MaskGenerator(config.mask_ratios).masks if config.mask_ratios else None
     objective = Objective(config, models, scheduler, world.device, masks)
     return Learner(world, models, modules, optimizer, clip_of(config), objective)
+
+
+def check_sections(config: TrainConfig) -> None:
+    """Refuse settings of a learner before models are read, which may take minutes.
+
+    Raises:
+        UsageError: as `build_learner`.
+    """
+    arguments(config.lora or {}, add_lora, "lora")
+    arguments(config.optimizer or {}, build_optimizer, "optimizer")
+    recomputed_blocks(config.checkpointing, 1)
+    if config.mask_ratios:
+        MaskGenerator(config.mask_ratios)
 
 
 def clip_of(config: TrainConfig) -> GradientClip:

@@ -9,14 +9,17 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from opensora.captions import clean_prompt, plain_caption
 from opensora.checkpoint import load_model
 from opensora.data.batch import Batch
 from opensora.devices import DTYPES
+from opensora.distributed.run_folders import find_run
 from opensora.errors import UsageError
 from opensora.models.stdit import STDiT3, build_stdit
 from opensora.models.text_encoder import T5TextEncoder
@@ -42,12 +45,14 @@ class Models:
         vae: frozen; None where the dataset holds latents.
         text_encoder: frozen, or trained along; None where the dataset holds text states.
         train_text: whether it is trained along.
+        clean: whether captions are cleaned as prompts are; states were, when they were made.
     """
 
     transformer: STDiT3
     vae: VideoAutoencoder | None
     text_encoder: T5TextEncoder | None
     train_text: bool
+    clean: bool = True
 
     def trained(self) -> dict[str, nn.Module]:
         """Return name -> module of what is saved in checkpoints."""
@@ -71,21 +76,50 @@ class Models:
         return z.float()
 
     def text(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return text states [B, 1, L, D] and the mask int64 [B, L]."""
+        """Return text states [B, 1, L, D] and the mask int64 [B, L].
+
+        A model that takes projected, packed text (`skip_y_embedder`) gets [1, tokens, D] and the
+        numbers of tokens [B].
+
+        Raises:
+            UsageError: states of another width or length than the transformer's, or nothing that
+                makes states.
+        """
         if batch.states is not None and batch.mask is not None:
-            # In training a caption is as long as the null text that may stand in for it.
-            rest = self.transformer.config.model_max_length - batch.states.shape[2]
-            states = nn.functional.pad(batch.states.to(device), (0, 0, 0, max(0, rest)))
-            return states, nn.functional.pad(batch.mask.to(device), (0, max(0, rest)))
+            return self._stored(batch.states.to(device), batch.mask.to(device))
         if self.text_encoder is None:
             raise UsageError(
                 "the dataset holds captions and there is no text encoder: give text_encoder, or "
                 "load_text_features with a dataset of text states"
             )
-        captions = batch.text or []
+        prepare = clean_prompt if self.clean else plain_caption
+        captions = [prepare(caption) for caption in batch.text or []]
         if self.train_text:
             return encode_captions(self.text_encoder, captions)
         return self.text_encoder.encode(captions)
+
+    def _stored(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return states that a cache holds as the transformer takes them."""
+        config = self.transformer.config
+        if self.train_text:
+            raise UsageError(
+                "the dataset holds text states, so text_encoder.train would train nothing: give a "
+                "dataset of captions (dataset.load_text_features=False), or leave train out"
+            )
+        width = config.hidden_size if config.skip_y_embedder else config.caption_channels
+        rest = config.model_max_length - states.shape[2]
+        if states.shape[3] != width or rest < 0:
+            raise UsageError(
+                f"the dataset's text states are {states.shape[2]} tokens of width "
+                f"{states.shape[3]}, the transformer takes at most {config.model_max_length} of "
+                f"width {width}: extract them with its text encoder, or set model.caption_channels "
+                "and model.model_max_length"
+            )
+        if config.skip_y_embedder:
+            seen = mask.bool()
+            return states[:, 0][seen][None], seen.sum(1)
+        # In training a caption is as long as the null text that may stand in for it.
+        return nn.functional.pad(states, (0, 0, 0, rest)), nn.functional.pad(mask, (0, rest))
 
 
 def encode_captions(encoder: T5TextEncoder, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -115,7 +149,7 @@ def build_models(config: TrainConfig, device: torch.device) -> Models:
         text, train_text = _load_text(config, frozen, device)
     transformer = _load_transformer(config).to(device).train()
     _check_widths(transformer, vae, text, config)
-    return Models(transformer, vae, text, train_text)
+    return Models(transformer, vae, text, train_text, config.clean_captions)
 
 
 def precision(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
@@ -130,6 +164,10 @@ def weights_of(config: TrainConfig) -> str | None:
     source = config.ckpt_path or (config.model or {}).get("from_pretrained")
     if config.load is not None and config.start_from_scratch:
         source = config.load
+        if source == "latest":
+            source = find_run(Path(config.outputs))
+            if source is None:
+                raise UsageError(f"--load latest: {config.outputs} holds no run with a checkpoint")
     return None if source is None else str(source)
 
 

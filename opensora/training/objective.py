@@ -46,6 +46,14 @@ def batch_seed(seed: int, number: int) -> int:
     return int.from_bytes(digest, "big")
 
 
+def conditions_of(config: TrainConfig, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """Return what the model is told of a batch's clips: name -> float32 [B]."""
+    given = {name: value.to(device) for name, value in batch.conditions.items()}
+    if config.caption_fps is not None and batch.size.frames > 1:
+        given["fps"] = torch.full_like(given["fps"], config.caption_fps)
+    return given
+
+
 class Objective:
     """Compute the losses of batches.
 
@@ -72,9 +80,7 @@ class Objective:
         """Return the losses of a batch; all generators are set by it."""
         torch.manual_seed(batch_seed(self.config.seed, batch.number))
         z = self.models.latent(batch, self.device)
-        given = {name: value.to(self.device) for name, value in batch.conditions.items()}
-        if self.config.caption_fps is not None and batch.size.frames > 1:
-            given["fps"] = torch.full_like(given["fps"], self.config.caption_fps)
+        given = conditions_of(self.config, batch, self.device)
         with precision(self.config, self.device):
             y, mask = self.models.text(batch, self.device)
             count, _, frames = z.shape[:3]
@@ -118,6 +124,7 @@ class Objective:
             text=[""],
         )
         if self.models.text_encoder is None:
-            blank.states = torch.zeros(1, 1, 1, width.caption_channels)
+            channels = width.hidden_size if width.skip_y_embedder else width.caption_channels
+            blank.states = torch.zeros(1, 1, 1, channels)
             blank.mask = torch.ones(1, 1, dtype=torch.int64)
         return blank

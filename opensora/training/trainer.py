@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -19,12 +19,13 @@ import torch
 from opensora.data.batch import Batch
 from opensora.data.loader import Loader
 from opensora.distributed.checkpoint import Checkpointer, Progress
-from opensora.distributed.collectives import all_reduce, watched
-from opensora.errors import UsageError
+from opensora.distributed.collectives import all_gather_object, all_reduce, watched
+from opensora.errors import NonFiniteError, UsageError
 from opensora.training.ema import EMA
 from opensora.training.learner import Learner
 from opensora.training.metrics import Metrics
 from opensora.training.objective import Losses
+from opensora.training.place import find_place, place
 from opensora.training.schedule import Schedule
 from opensora.training.watchdog import Verdict, Watchdog, starting_note
 
@@ -48,6 +49,7 @@ class Trainer:
         pretrained: it starts from trained weights.
         ckpt_every: steps between checkpoints; 0 saves at the end alone.
         flops: training FLOPs of a batch, for MFU.
+        digest: of the plan of batches.
         hooks: (every how many steps, function), such as validation.
         metrics: records steps.
     """
@@ -63,6 +65,7 @@ class Trainer:
     pretrained: bool = False
     ckpt_every: int = 0
     flops: Callable[[Batch], float] = lambda batch: 0.0
+    digest: str = ""
     hooks: Sequence[tuple[int, Hook]] = ()
     #: Set once it is known at which step the run goes on.
     metrics: Metrics = field(init=False)
@@ -71,6 +74,10 @@ class Trainer:
         """Begin at the beginning."""
         self.progress = Progress()
         self._stopping = threading.Event()
+        self._saved = -1  # step of the checkpoint that a rewind goes to
+        self._good = "latest"  # and where it is: not always the newest of the folder
+        self._noted = False  # whether the first loss was judged
+        self._late = False  # whether one is due since a bad step
         self._rates = [group["initial_lr"] for group in self.learner.optimizer.param_groups]
 
     def resume(self, which: str) -> None:
@@ -80,28 +87,37 @@ class Trainer:
         )
         if found is None:
             raise UsageError(f"{self.checkpointer.folder} holds no checkpoint to go on from")
-        self.progress = found
+        self.progress, self._saved, self._good = found, found.global_step, which
+        self._noted = True
         # The configuration's rates, which may have been changed.
         for group, rate in zip(self.learner.optimizer.param_groups, self._rates, strict=True):
             group["initial_lr"] = rate
         extra = self.progress.extra
         self.learner.clip.load_state_dict(extra.get("clip", {}))
         self.watchdog.load_state_dict(extra["watchdog"])
+        self.progress.batch, note = find_place(
+            self.loader.sampler, found.batch, extra.get("place", {}), self.digest
+        )
+        if note is not None and self.learner.world.is_main:
+            print(note, flush=True)
 
     def save(self, *, wait: bool = False) -> None:
         """Save where the run is."""
         self.progress.extra = {
             "clip": self.learner.clip.state_dict(),
             "watchdog": self.watchdog.state_dict(),
+            "place": place(
+                self.loader.sampler, self.progress.batch, self.loader.epochs, self.digest
+            ),
         }
         self.checkpointer.save(
             self.progress, self.learner.modules, self.learner.optimizer, self.ema, wait=wait
         )
+        self._saved, self._good, self._late = self.progress.global_step, "latest", False
 
     def run(self) -> bool:
         """Take the remaining steps; False if a signal ended the run early, its state saved."""
-        first = self.progress.global_step
-        if first >= self.total:
+        if self.progress.global_step >= self.total:
             self._say(f"all {self.total} steps are taken; raise --max-steps or --epochs for more")
         batches = self.loader.batches(self.progress.batch)
         self.metrics.start()
@@ -110,7 +126,7 @@ class Trainer:
                 with self.metrics.waiting():
                     taken = self._take(batches)
                 if not taken:
-                    self._finish(first)
+                    self._end()
                     break
                 with watched(f"step {self.progress.global_step}"):
                     verdict = self.step(taken)
@@ -119,37 +135,36 @@ class Trainer:
                     self._rewind()
                     continue
                 stopping = self._agree_to_stop()
-                due = bool(self.ckpt_every) and done % self.ckpt_every == 0
+                self._late |= bool(self.ckpt_every) and done % self.ckpt_every == 0
                 last = done == self.total
-                if (due or stopping or last) and self.watchdog.in_row == 0:
+                # In a row of bad steps the weights are suspect: the next good one is waited for.
+                if stopping or last or (self._late and self.watchdog.in_row == 0):
                     with self.metrics.paused():
                         self.save(wait=stopping or last)
                 if stopping:
                     return False
-                for every, hook in self.hooks:
-                    if done % every == 0 or last:
-                        with self.metrics.paused():
-                            hook(done)
+                self._call(hook for every, hook in self.hooks if done % every == 0 or last)
         return True
 
-    def _finish(self, first: int) -> None:
-        """Save at the end of the data, before the last step that was reckoned with."""
+    def _end(self) -> None:
+        """Do at the end of the data, earlier than was reckoned, what the last step would have."""
         done = self.progress.global_step
         self._say(
             f"the data ended after step {done} of {self.total}: all epochs are over; raise "
             "--epochs for more"
         )
-        if done == first:
-            return
-        if self.watchdog.in_row == 0:
+        if self._saved != done:
             self.save(wait=True)
-        for every, hook in self.hooks:
-            if done % every:
-                hook(done)
+        self._call(hook for every, hook in self.hooks if done % every)
 
     def _say(self, text: str) -> None:
         if self.learner.world.is_main:
             print(text, flush=True)
+
+    def _call(self, hooks: Iterable[Hook]) -> None:
+        for hook in hooks:
+            with self.metrics.paused():
+                hook(self.progress.global_step)
 
     def step(self, batches: list[Batch]) -> Verdict:
         """Take one step: gradients of all batches, then, if they are sound, the weights."""
@@ -158,8 +173,8 @@ class Trainer:
         self.learner.optimizer.zero_grad(set_to_none=True)
         means: list[float] = []
         tokens = flops = 0.0
-        for place, batch in enumerate(batches):
-            self._sync_gradients(place + 1 == len(batches))
+        for number, batch in enumerate(batches, 1):
+            self._sync_gradients(number == len(batches))
             losses = self._losses(batch)
             # The mean over batches and replicas, as one process with all of them would take it.
             (losses.loss.mean() / len(batches)).backward()
@@ -179,7 +194,9 @@ class Trainer:
             extreme=clipped.extreme,
             details={"batches": [batch.number for batch in batches], "bucket": batches[0].bucket},
         )
-        if verdict is Verdict.OK:
+        # None of the step's rows could be read anywhere: momentum alone must not move the weights.
+        empty = clipped.before == 0
+        if verdict is Verdict.OK and not empty:
             self.learner.optimizer.step()
             self.ema.update()
         self.progress.batch = self._after(batches)
@@ -188,8 +205,10 @@ class Trainer:
         self.progress.step += 1
         self.progress.global_step += 1
         loss = sum(means) / len(means) if means else float("nan")
-        if step == 0 and self.learner.world.is_main:
-            print(starting_note(loss, pretrained=self.pretrained), flush=True)
+        if means and not self._noted:
+            self._noted = True
+            if self.learner.world.is_main:
+                print(starting_note(loss, pretrained=self.pretrained), flush=True)
         self.metrics.step(
             step,
             loss,
@@ -216,7 +235,24 @@ class Trainer:
             if batch is None:
                 return []
             taken.append(batch)
-        return taken
+        return self._agree_on_rows(taken)
+
+    def _agree_on_rows(self, batches: list[Batch]) -> list[Batch]:
+        """Leave out rows that some process of a sequence group could not read.
+
+        They share the tokens of a batch, which each of them read for itself.
+        """
+        group = self.learner.world.sequence_group
+        if group is None:
+            return batches
+        failed = torch.tensor(float(sum(len(batch.failed) for batch in batches)))
+        if not float(all_reduce(failed, "the rows that failed", "max", group)):
+            return batches
+        read = all_gather_object([batch.names for batch in batches], "the rows read", group)
+        return [
+            batch.keep(set.intersection(*(set(names[number]) for names in read)))
+            for number, batch in enumerate(batches)
+        ]
 
     def _after(self, batches: list[Batch]) -> int:
         """Return the number of the batch that follows a step on all replicas."""
@@ -234,7 +270,14 @@ class Trainer:
         """Go back to the last good weights, and on with the data."""
         batch, watchdog = self.progress.batch, self.watchdog.state_dict()
         self.checkpointer.wait()
-        self.resume("latest")
+        if self._saved < 0:
+            raise NonFiniteError(
+                f"no checkpoint to go back to: losses were not finite from the first steps on, up "
+                f"to step {self.progress.global_step}. The samples are in {self.watchdog.path}: "
+                "take them out of the table if they are bad, else start again with half the --lr, "
+                "a --warmup-steps, or --dtype fp32; --ckpt-every 100 saves places to go back to"
+            )
+        self.resume(self._good)
         self.progress.batch = batch
         self.watchdog.load_state_dict(watchdog)
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +26,9 @@ from opensora.train import train
 from opensora.train_config import TrainConfig
 from opensora.training.metrics import read_metrics
 from opensora.training.objective import Losses, Objective
+from tests.forks import Forks
 
-ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = Path(__file__).resolve().parents[2] / "scripts/train.py"
 CONFIG = TrainConfig(
     dataset={
         "type": "ShapesDataset",
@@ -96,42 +93,6 @@ def write_config(path: Path, **changes: Any) -> Path:
     return path
 
 
-def start(config: Path, *flags: str, rank: int = 0, world: int = 1, port: int = 0) -> Any:
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    if world > 1:
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        values = (rank, rank, world, "127.0.0.1", port)
-        environ |= {name: str(value) for name, value in zip(names, values, strict=True)}
-    command = [sys.executable, str(ROOT / "scripts/train.py"), str(config), *flags]
-    return subprocess.Popen(
-        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def several(config: Path, world: int, *flags: str) -> str:
-    """Run on several processes; returns what the first one printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = [start(config, *flags, rank=r, world=world, port=port) for r in range(world)]
-    try:
-        printed = [process.communicate(timeout=120)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * world, "\n".join(printed)
-    return printed[0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Compute as the started processes do: the number of threads changes how sums are rounded."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run six steps without interruption."""
@@ -155,16 +116,12 @@ def test_the_loss_falls_on_a_few_clips(tmp_path: Path) -> None:
     assert found[-1] < 0.6 * found[0]
 
 
-def test_goes_on_bit_for_bit_after_a_kill(whole: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.py", outputs=str(tmp_path), ckpt_every=2)
-    process = start(config)
-    try:
-        for line in process.stdout:
-            if line.startswith("step 5/"):
-                break
-    finally:
-        process.kill()
-        process.wait()
+def test_goes_on_bit_for_bit_after_a_kill(whole: Path, tmp_path: Path, forks: Forks) -> None:
+    config = write_config(tmp_path / "c.py", outputs=str(tmp_path), ckpt_every=2, max_steps=60)
+    fork = forks.start(PROGRAM, str(config))
+    fork.wait(until="step 5/")
+    fork.send(signal.SIGKILL)
+    assert fork.wait() == -signal.SIGKILL
     first = tmp_path / "000-STDiT3"
     assert 2 <= max(saved.step for saved in checkpoints(first)) <= 4
     folder = run(tmp_path, load="latest")
@@ -175,25 +132,22 @@ def test_goes_on_bit_for_bit_after_a_kill(whole: Path, tmp_path: Path) -> None:
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 
 
-def test_a_signal_saves_and_the_run_goes_on(whole: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.py", outputs=str(tmp_path))
-    process = start(config)
-    for line in process.stdout:
-        if line.startswith("step 2/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, rest
-    assert "stopped and saved" in rest
+def test_a_signal_saves_and_the_run_goes_on(whole: Path, tmp_path: Path, forks: Forks) -> None:
+    config = write_config(tmp_path / "c.py", outputs=str(tmp_path), max_steps=60)
+    fork = forks.start(PROGRAM, str(config))
+    fork.wait(until="step 2/")
+    fork.send(signal.SIGTERM)
+    assert fork.wait() == 0, fork.printed
+    assert "stopped and saved" in fork.printed
     assert losses(run(tmp_path, load="latest")) == losses(whole)
 
 
 @pytest.mark.parametrize("flags", [(), ("--sp-size", "2")], ids=["data", "sequence"])
-def test_two_processes_train_as_one(tmp_path: Path, flags: Sequence[str]) -> None:
-    together = 1 if flags else 2
+def test_two_processes_train_as_one(tmp_path: Path, flags: Sequence[str], forks: Forks) -> None:
+    together = 2 if "--sp-size" in flags else 4
     alone = run(tmp_path / "one", accumulation_steps=together, max_steps=4)
     config = write_config(tmp_path / "c.py", outputs=str(tmp_path / "two"), max_steps=4)
-    several(config, 2, *flags)
+    forks.ranks(2, PROGRAM, str(config), "--accumulation-steps", "2", *flags)
     two = tmp_path / "two/000-STDiT3"
     assert losses(two) == pytest.approx(losses(alone), rel=2e-5)
     gathered = export(two, tmp_path / "weights")
@@ -208,10 +162,10 @@ def export(folder: Path, out: Path) -> dict[str, Tensor]:
     return read_weights(folder, ema=True).parts["transformer"]
 
 
-def test_another_number_of_processes_goes_on(whole: Path, tmp_path: Path) -> None:
+def test_another_number_of_processes_goes_on(tmp_path: Path, forks: Forks) -> None:
     run(tmp_path, accumulation_steps=2, max_steps=2)
     config = write_config(tmp_path / "c.py", outputs=str(tmp_path), max_steps=4)
-    several(config, 2, "--load", "latest")
+    forks.ranks(2, PROGRAM, str(config), "--load", "latest")
     alone = run(tmp_path / "alone", accumulation_steps=2, max_steps=4)
     assert losses(tmp_path / "000-STDiT3") == pytest.approx(losses(alone), rel=2e-5)
 

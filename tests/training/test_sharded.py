@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,27 +18,13 @@ spec.loader.exec_module(worker)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, forks):
     """Return what one process and each of two come to, and their folders."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(two), str(rank), "2"],
-            cwd=WORKER.parents[2],
-            env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        alone = worker.run(one, 0, 1)
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    started = [forks.start(WORKER, str(two), str(rank), "2") for rank in range(2)]
+    alone = worker.run(one, 0, 1)
+    for fork in started:
+        assert fork.wait() == 0, fork.printed
     both = [torch.load(two / f"result-{rank}.pt", weights_only=True) for rank in range(2)]
     return alone, both, one, two
 

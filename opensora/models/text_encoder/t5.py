@@ -59,6 +59,14 @@ class T5TextEncoder(nn.Module):
         """Where the weights lie."""
         return next(self.model.parameters()).device
 
+    @classmethod
+    def like(cls, encoder: T5TextEncoder) -> T5TextEncoder:
+        """Return an encoder of the same shape and tokenizer, with weights of its own."""
+        import transformers
+
+        config: Any = encoder.model.config
+        return cls(transformers.T5EncoderModel(config), encoder.tokenizer, encoder.max_length)
+
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights, and of the encoded states."""
