@@ -10,7 +10,9 @@ import pytest
 
 from opensora.config import apply_overrides, load_config_file, parse_command_line, setting
 from opensora.errors import UsageError
+from opensora.extract_config import ExtractConfig
 from opensora.sample_config import SampleConfig
+from opensora.train_config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -310,3 +312,19 @@ def test_help_lists_available_flags(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "--num-frames" in shown
     assert "--mask-strategy" not in shown
+
+
+def test_keys_of_sections_take_hyphens() -> None:
+    config, _ = parse_command_line(TrainConfig, ["--model.from-pretrained", "x"], "train.py")
+    assert config.model == {"from_pretrained": "x"}
+
+
+def test_another_programs_files_are_taken_where_they_may_be(tmp_path: Path) -> None:
+    file = tmp_path / "c.py"
+    file.write_text("lr = 1e-4\nmax_steps = 3\n", "utf-8")
+    with pytest.raises(UsageError, match="unknown key 'lr'"):
+        parse_command_line(ExtractConfig, [str(file)], "x")
+    parse_command_line(ExtractConfig, [str(file)], "x", others=TrainConfig)
+    file.write_text("learning = 1e-4\n", "utf-8")
+    with pytest.raises(UsageError, match="unknown key 'learning'"):
+        parse_command_line(ExtractConfig, [str(file)], "x", others=TrainConfig)

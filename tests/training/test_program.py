@@ -267,6 +267,26 @@ def test_only_temporal_blocks_train(tmp_path: Path) -> None:
     assert all(name.startswith("temporal_blocks.") for name in changed)
 
 
+def test_the_end_of_the_data_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    section = {"every": 4, "samples": 1, "timesteps": 1}
+    folder = run(tmp_path, epochs=1, max_steps=99, validation=section)
+    steps = len(losses(folder))
+    assert f"the data ended after step {steps} of 99" in capsys.readouterr().out
+    found = [x["step"] for x in read_metrics(folder / "metrics.jsonl") if "validation_loss" in x]
+    assert found[-1] == steps
+    run(tmp_path, load="latest", epochs=1, max_steps=steps)
+    assert f"all {steps} steps are taken" in capsys.readouterr().out
+
+
+def test_a_key_of_the_model_goes_over_its_config_json(tmp_path: Path) -> None:
+    fixed = {"type": "t5", "from_pretrained": "tiny"}
+    model = {"type": "STDiT3", "from_pretrained": "tiny", "class_dropout_prob": 0.5}
+    folder = run(tmp_path, model=model, text_encoder=fixed, max_steps=1)
+    stored = json.loads((folder / "transformer/config.json").read_text("utf-8"))
+    assert stored["class_dropout_prob"] == 0.5
+    assert stored["hidden_size"] == 128
+
+
 def test_a_dry_run_tries_every_bucket_and_saves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
