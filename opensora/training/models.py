@@ -19,7 +19,7 @@ from opensora.captions import clean_prompt, plain_caption
 from opensora.checkpoint import load_model
 from opensora.data.batch import Batch
 from opensora.devices import DTYPES
-from opensora.distributed.run_folders import find_run
+from opensora.distributed.run_folders import checkpoints, find_run
 from opensora.errors import UsageError
 from opensora.models.stdit import STDiT3, build_stdit
 from opensora.models.text_encoder import T5TextEncoder
@@ -180,7 +180,8 @@ def _load_transformer(config: TrainConfig) -> STDiT3:
     described = options.get("type") != "STDiT3" or len(options) > 1
     folder = pipeline_folder(source)
     part = Part(str(folder or source), "transformer" if folder else None, options)
-    if described and part.config() is None:  # checkpoints of runs, of upstream and of PixArt too
+    # Checkpoints of runs (whose config.json is the run's), of upstream and of PixArt too.
+    if described and (checkpoints(Path(source)) or part.config() is None):
         model = build_stdit(options)
         load_weights(model, source)
         return model
