@@ -79,7 +79,7 @@ def measure(
         return {"seconds": None, "tokens_per_second": None, "mfu": None, "gib": None}
     most = peak_flops(world.device, torch.bfloat16 if config.dtype == "bf16" else torch.float32)
     return {
-        "seconds": round(seconds, 4),
+        "seconds": round(seconds, 6),
         "tokens_per_second": round(tokens / seconds, 1),
         "mfu": None if most is None else round(flops / seconds / most, 4),
         "gib": round(peak / 2**30, 3),

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +38,13 @@ from opensora.models.stdit import STDiT3
 from opensora.pipeline import OpenSoraPipeline
 from opensora.pipeline_parts import PipelineParts
 
-pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Detected pickle protocol"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 ROOT = Path(__file__).parents[2]
 SIZE = Size(5, 16, 24)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_table(folder: Path, count: int) -> Path:

@@ -23,3 +23,8 @@ def ranks(forks: Forks) -> Ranks:
         return [json.loads(text.strip().splitlines()[-1]) for text in said]
 
     return start
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread: None) -> None:
+    """Compute on one thread."""
