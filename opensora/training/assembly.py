@@ -82,6 +82,12 @@ class Run:
                 f"{'process' if world.size == 1 else 'processes'}: {self.folder}",
                 flush=True,
             )
+        if world.is_main and config.max_steps is not None and self.total < config.max_steps:
+            print(
+                f"the data ends after about {self.total} of {config.max_steps} steps; raise "
+                "--epochs for more",
+                flush=True,
+            )
         with trainer.checkpointer:
             finished = trainer.run()
         trainer.metrics.close()

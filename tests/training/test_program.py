@@ -271,7 +271,7 @@ def test_the_end_of_the_data_is_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     section = {"every": 4, "samples": 1, "timesteps": 1}
     folder = run(tmp_path, epochs=1, max_steps=99, validation=section)
     steps = len(losses(folder))
-    assert f"the data ended after step {steps} of 99" in capsys.readouterr().out
+    assert f"the data ends after about {steps} of 99 steps" in capsys.readouterr().out
     found = [x["step"] for x in read_metrics(folder / "metrics.jsonl") if "validation_loss" in x]
     assert found[-1] == steps
     run(tmp_path, load="latest", epochs=1, max_steps=steps)
