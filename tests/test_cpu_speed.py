@@ -95,6 +95,13 @@ def case_of(run: Any) -> cases.Case:
     return cases.Case(arguments, run, lambda x: x * 2, lambda size: 2 * 64 * 1024 * size)
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure again without waiting."""
+    monkeypatch.setattr(cpu, "PAUSES", (0.0, 0.0))
+
+
+@pytest.mark.usefixtures("at_once")
 def test_the_gate_fails_what_is_slow() -> None:
     def slow(x: Tensor) -> Tensor:
         for _ in range(50):
@@ -106,6 +113,8 @@ def test_the_gate_fails_what_is_slow() -> None:
     assert [reason.partition(" ")[0] for reason in low] == ["eager", "share"]
     fine = cpu.check(case_of(lambda x: x * 2), torch.float32, {"eager": 0.5})
     assert fine[1] == []
+    assert cpu.fallen({"share": 0.61, "eager": 0.61}, {"share": 3.0, "eager": 1.0}) == []
+    assert cpu.fallen({"share": 0.59}, {"share": 3.0}) == ["share 0.59, recorded 3.00"]
 
 
 def test_the_gate_fails_what_is_wrong() -> None:
@@ -125,6 +134,7 @@ def test_a_record_that_holds_a_kernel_needs_one() -> None:
 
 
 @needs_kernels
+@pytest.mark.usefixtures("at_once")
 def test_the_command_compares_only_on_its_own_processor(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
