@@ -129,7 +129,12 @@ def frame_indices(total: int, frames: int, interval: int, start: int) -> list[in
         frames: wanted.
         interval: step, in frames of the file.
         start: first index.
+
+    Raises:
+        ValueError: the clip has fewer frames than wanted from there on.
     """
+    if total - start < frames:
+        raise ValueError(f"frame_indices: expected {frames} frames from {start}, of {total}")
     end = min(start + frames * interval, total)
     return [int(i) for i in np.linspace(start, end - 1, frames).astype(np.int64)]
 

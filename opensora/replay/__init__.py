@@ -8,6 +8,7 @@ from the file's own metadata and the names of its tensors, never from its file n
     kinds.py       find what a case is and replay it
     modules.py, layers.py, transformer.py, autoencoder.py, flow.py     tensors
     tables.py, table_entries.py                                        tables
+    data.py, training.py                                               both kinds, of training
     program.py     the program behind `scripts/replay_golden.py`
 """
 

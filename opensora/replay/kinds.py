@@ -12,9 +12,12 @@ import torch
 from opensora.replay import (
     autoencoder,
     bare_layers,
+    data,
     flow,
     judging,
     layers,
+    table_entries,
+    training,
     transformer,
 )
 from opensora.replay.judging import Difference, Result, measure, worst
@@ -26,7 +29,6 @@ from opensora.replay.recording import (
     Unsupported,
     split_precision,
 )
-from opensora.replay.table_entries import TABLES
 from opensora.replay.tables import compare_entries
 
 
@@ -82,8 +84,15 @@ KINDS = {
     "rectified flow: timestep transform": _flow(
         flow.is_timestep_transform, flow.run_timestep_transform
     ),
+    "average of weights": Kind(training.is_average, training.run_average, float32_inside=True),
+    "discriminator": Kind(training.is_discriminator, training.run_discriminator, suffixes=True),
+    "losses of the VAE": Kind(
+        training.is_vae_losses, training.run_vae_losses, float32_inside=True, suffixes=True
+    ),
+    "transforms": Kind(data.is_transforms, data.run_transforms),
 }
-_BY_CLASS = ("STDiT3", "layer", "temporal VAE", "video VAE")
+_BY_CLASS = ("STDiT3", "layer", "temporal VAE", "video VAE", "discriminator")
+TABLES = {**table_entries.TABLES, **training.TABLES, **data.TABLES}
 
 
 def replay_file(path: Path) -> Result:

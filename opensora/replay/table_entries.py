@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,41 +14,7 @@ from opensora import prompts, sizes
 from opensora.captions import clean_caption, clean_prompt, plain_caption
 from opensora.models.vae import OPENSORA_VAE_V1_2, VideoAutoencoder
 from opensora.replay.recording import Mismatch
-from opensora.replay.tables import Entry, refused
-from opensora.training.schedule import learning_rate_factor
-
-
-@dataclass(frozen=True)
-class Table:
-    """Describe a kind of table: how it is recognised, and its entries."""
-
-    matches: Callable[[Any], bool]
-    entries: Callable[[Any], Iterator[Entry]]
-
-
-def _rows(*keys: str) -> Callable[[Any], bool]:
-    """Recognise a list of objects that all have these keys."""
-    return lambda content: (
-        isinstance(content, list)
-        and bool(content)
-        and all(isinstance(row, dict) and set(keys) <= row.keys() for row in content)
-    )
-
-
-def _sections(names: set[str]) -> Callable[[Any], bool]:
-    """Recognise an object that has at least one of these keys."""
-    return lambda content: isinstance(content, dict) and bool(names & content.keys())
-
-
-def _in_sections(
-    readers: Mapping[str, Callable[[Any], Iterator[Entry]]], content: Any
-) -> Iterator[Entry]:
-    for name, section in content.items():
-        if name in readers:
-            yield from readers[name](section)
-        elif name != "note":
-            raise Mismatch(f"not compared: section {name!r}")
-
+from opensora.replay.tables import Entry, Table, in_sections, refused, rows, sections
 
 # --- sizes and lengths ----------------------------------------------------------------------
 
@@ -251,28 +216,12 @@ def _made_safe(recorded: str, folder: str, keywords: Mapping[str, Any]) -> str:
     return rf"{re.escape(folder)}/{re.escape(name)}-[0-9a-f]{{8}}{re.escape(end)}"
 
 
-# --- training -------------------------------------------------------------------------------
-
-
-def _warmups(content: Any) -> Iterator[Entry]:
-    for row in content:
-        warmup, base, rates = row["warmup_steps"], row["base_lr"], row["lrs"]
-        for step, rate in enumerate(rates):
-            ours = partial(_rate, base, step, len(rates), warmup)
-            yield Entry(f"step {step} of a warm-up of {warmup}", ours, rate)
-
-
-def _rate(base: float, step: int, total: int, warmup: int) -> float:
-    return base * learning_rate_factor(step, total, warmup, 0.0)
-
-
 TABLES = {
-    "sizes and ratios": Table(_sections(set(_ASPECT)), partial(_in_sections, _ASPECT)),
+    "sizes and ratios": Table(sections(set(_ASPECT)), partial(in_sections, _ASPECT)),
     "named lengths": Table(_is_frames, _frames),
-    "closest ratios": Table(_rows("res", "h", "w", "out"), _closest_ratios),
+    "closest ratios": Table(rows("res", "h", "w", "out"), _closest_ratios),
     "latent sizes": Table(_is_latent_sizes, _latent_sizes),
-    "text cleaning": Table(_rows("s", "once"), _cleaning),
-    "prompts": Table(_sections(set(_PROMPTS)), partial(_in_sections, _PROMPTS)),
-    "file names": Table(_rows("kw", "out"), _save_paths),
-    "learning-rate warm-up": Table(_rows("warmup_steps", "base_lr", "lrs"), _warmups),
+    "text cleaning": Table(rows("s", "once"), _cleaning),
+    "prompts": Table(sections(set(_PROMPTS)), partial(in_sections, _PROMPTS)),
+    "file names": Table(rows("kw", "out"), _save_paths),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from opensora.errors import UsageError
@@ -23,12 +23,58 @@ class Entry:
         recorded: the original's value, or {"__error__": ..., "msg": ...} if it raised.
         deviates: where this library differs on purpose: gets our value (the UsageError, if it was
             raised) and returns what kind of deviation it is, or None if it is none.
+        within: how far a float may be from the recorded one, beyond the 12 digits of `same`.
     """
 
     label: str
     ours: Callable[[], Any]
     recorded: Any
     deviates: Callable[[Any], str | None] = lambda _ours: None
+    within: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Describe a kind of table: how it is recognised, and its entries."""
+
+    matches: Callable[[Any], bool]
+    entries: Callable[[Any], Iterator[Entry]]
+
+
+def rows(*keys: str) -> Callable[[Any], bool]:
+    """Recognise a list of objects that all have these keys."""
+    return lambda content: (
+        isinstance(content, list)
+        and bool(content)
+        and all(isinstance(row, dict) and set(keys) <= row.keys() for row in content)
+    )
+
+
+def sections(names: set[str]) -> Callable[[Any], bool]:
+    """Recognise an object that has at least one of these keys."""
+    return lambda content: isinstance(content, dict) and bool(names & content.keys())
+
+
+def in_sections(
+    readers: Mapping[str, Callable[[Any], Iterator[Entry]]], content: Any
+) -> Iterator[Entry]:
+    """List the entries of every section of an object by the section's reader."""
+    for name, section in content.items():
+        if name in readers:
+            yield from readers[name](section)
+        elif name != "note":
+            raise Mismatch(f"not compared: section {name!r}")
+
+
+def only(known: Iterable[str], given: Iterable[str]) -> None:
+    """Refuse columns that nothing would be compared with.
+
+    Raises:
+        Mismatch: there is one; names it.
+    """
+    unknown = sorted(set(given) - {*known, "note"})
+    if unknown:
+        raise Mismatch(f"not compared: column {unknown[0]!r}")
 
 
 def compare_entries(entries: Iterable[Entry]) -> tuple[Difference, str]:
@@ -72,25 +118,28 @@ def _run(entry: Entry) -> tuple[Any, str]:
         return error, f"recorded {_short(recorded)}, ours raised {_name(error)}: {error}"
     if fails:
         return ours, f"recorded {recorded['__error__']}, ours {_short(ours)}"
-    return ours, "" if same(ours, recorded) else f"recorded {_short(recorded)}, ours {_short(ours)}"
+    if same(ours, recorded, entry.within):
+        return ours, ""
+    return ours, f"recorded {_short(recorded)}, ours {_short(ours)}"
 
 
-def same(ours: Any, recorded: Any) -> bool:
-    """Whether two JSON values are equal; tuples are lists; floats to 12 digits."""
+def same(ours: Any, recorded: Any, within: float = 0.0) -> bool:
+    """Whether two JSON values are equal; tuples are lists; floats to 12 digits or `within`."""
     if isinstance(recorded, dict):
         return (
             isinstance(ours, dict)
             and ours.keys() == recorded.keys()
-            and all(same(ours[key], recorded[key]) for key in recorded)
+            and all(same(ours[key], recorded[key], within) for key in recorded)
         )
     if isinstance(recorded, list):
         return (
             isinstance(ours, (list, tuple))
             and len(ours) == len(recorded)
-            and all(same(a, b) for a, b in zip(ours, recorded, strict=True))
+            and all(same(a, b, within) for a, b in zip(ours, recorded, strict=True))
         )
     if isinstance(recorded, float) and isinstance(ours, (float, int)):
-        return math.isclose(ours, recorded, rel_tol=1e-12)
+        both_nan = math.isnan(ours) and math.isnan(recorded)
+        return both_nan or math.isclose(ours, recorded, rel_tol=1e-12, abs_tol=within)
     return type(ours) is type(recorded) and bool(ours == recorded)
 
 
