@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opensora.models.vae.discriminator import NLayerDiscriminator
 from opensora.replay import Result, replay_file
 from opensora.replay.kinds import find_kind
 from opensora.replay.program import main
@@ -110,6 +111,11 @@ def nudge(tensor: Tensor, relative: float) -> Tensor:
         ("t2i_final_xmask", "out.y"),
         ("pos_embed_2d", "out.pe0"),
         ("timestep_transform", "out.bfloat16"),
+        ("ema", "out.w"),
+        ("nlayer_disc2d", "out.running_mean_after"),
+        ("vae_losses", "out.adv_hinge"),
+        ("vae_losses", "out.lecam_ema_real"),
+        ("transforms", "out.ucf24_2"),
     ],
 )
 def test_small_error_in_any_output_fails(name: str, tensor: str, tmp_path: Path) -> None:
@@ -130,6 +136,10 @@ def test_small_error_in_any_output_fails(name: str, tensor: str, tmp_path: Path)
         ("attn_qknorm_rope_legacy", "sd.k_norm.weight"),
         ("caption_embedder", "sd.y_embedding"),
         ("rflow_loss_mask", "in.noise"),
+        ("ema", "in.model.w"),
+        ("nlayer_disc3d", "sd.main.6.running_var"),
+        ("vae_losses", "in.last_layer"),
+        ("transforms", "in.clip2"),
     ],
 )
 def test_other_weight_or_input_fails(name: str, tensor: str, tmp_path: Path) -> None:
@@ -150,6 +160,9 @@ def test_other_weight_or_input_fails(name: str, tensor: str, tmp_path: Path) -> 
         ("vae_temporal_default_ds", {"latent_size": {"17": [4, 4, 4]}}),
         ("causal_conv", {"time_pads": [1, 2, 0, 4]}),
         ("rmsnorm", {"config": {"eps": 0.1}}),
+        ("ema", {"decay": 0.98}),
+        ("vae_losses", {"logvar_init": 0.1}),
+        ("vae_losses", {"generator_factor": 0.4}),
     ],
 )
 def test_other_metadata_fails(name: str, metadata: dict[str, Any], tmp_path: Path) -> None:
@@ -180,6 +193,12 @@ def test_other_metadata_fails(name: str, metadata: dict[str, Any], tmp_path: Pat
         ("cross_attn_ragged", {}, {"kwargs": {"causal": True}}, "takes no causal"),
         ("rflow_t_sampling", {"out.cosine": torch.zeros(2)}, {}, "from 'cosine'"),
         ("vae_temporal", {"in.x1": None}, {}, "not compared"),
+        ("ema", {}, {"decay": "null"}, "say the number decay"),
+        ("ema", {"in.ema.w": torch.zeros(2)}, {}, "names and shapes"),
+        ("nlayer_disc2d", {}, {"config": {"ndf": 4, "n_layers": 2}}, "Error(s) in loading"),
+        ("vae_losses", {"out.disc_wasserstein": torch.zeros(())}, {}, "not compared"),
+        ("vae_losses", {}, {"note": "no numbers"}, "say the number ema real"),
+        ("transforms", {}, {"sizes_h_w_th_tw": [[48, 81, 32, 56]]}, "has not the size"),
     ],
 )
 def test_what_cannot_be_compared_fails_in_one_line(
@@ -199,6 +218,7 @@ def test_what_cannot_be_compared_fails_in_one_line(
         ("rflow_sample_10", {"scheduler": {"type": "iddpm"}}, "no scheduler iddpm"),
         ("rflow_sample_10", {"scheduler": "null"}, "outputs: timesteps, traj_model_in, x_mask, z"),
         ("rflow_sample_30_tt", {"h_w_frames": [480, 854, 16]}, "2 to 16 frames"),
+        ("nlayer_disc2d", {"config": {"use_actnorm": True}}, "use_actnorm"),
     ],
 )
 def test_unknown_class_or_kind_is_unsupported(
@@ -407,7 +427,115 @@ def test_layers_of_other_shapes_and_calls(tmp_path: Path) -> None:
         assert f": {count} tensor" in result.detail
 
 
+@pytest.mark.parametrize(("dims", "n_layers"), [(2, 1), (3, 3)])
+def test_discriminators_of_other_sizes(dims: int, n_layers: int, tmp_path: Path) -> None:
+    config = {"input_nc": 2, "ndf": 3, "n_layers": n_layers}
+    network = NLayerDiscriminator(dims, **config)
+    frames = [] if dims == 2 else [11]
+    changes: dict[str, Tensor | None] = {f"sd.{k}": v for k, v in network.state_dict().items()}
+    changes["in.x"] = torch.randn(3, 2, *frames, 25, 31)
+    changes |= {"out.running_var_after": torch.zeros(1), "out.train": torch.zeros(1)}
+    bare = Case({}, {"out.eval": torch.zeros(1)})
+    path = rerecorded(tmp_path, bare, changes, config=config)
+    assert replay_file(path).detail == "discriminator: 5 tensors"
+    assert replay_file(path).verdict == "pass"
+
+
+def test_averages_of_other_modules(tmp_path: Path) -> None:
+    names = {"a.weight": 0.9, "a.b.weight": 0.9, "a.pos_embed": 1, "frozen_c.d": 1, "a.buffer": 1}
+    tensors = {}
+    for name, decay in names.items():
+        average, weight = torch.randn(4), torch.randn(4)
+        tensors |= {f"in.ema.{name}": average, f"in.model.{name}": weight}
+        tensors[f"out.{name}"] = decay * average + (1 - decay) * weight
+    result = replay_file(saved(tmp_path, Case({}, tensors), decay=0.9))
+    assert result.verdict == "pass", result.detail
+
+
+def test_losses_of_other_numbers(tmp_path: Path) -> None:
+    case = opened("vae_losses")
+    real, fake = torch.randn(2, 3), torch.randn(2, 3)
+    changes: dict[str, Tensor | None] = dict.fromkeys(case.tensors)
+    changes |= {"in.real_logits": real, "in.fake_logits": fake}
+    over, under = (real.mean() - 0.4).relu(), (-1.5 - fake.mean()).relu()
+    changes["out.lecam_hinge"] = 0.3 * (over**2 + under**2)
+    changes["out.lecam_vanilla"] = torch.zeros(())
+    changes["out.disc_hinge"] = ((1 - real).relu().mean() + (1 + fake).relu().mean()) / 2
+    changes["out.lecam_ema_fake"] = torch.tensor(0.1 * -2.0)
+    note = "ema real -1.5, ema fake .4, weight .3. LeCamEMA decay .9 with updates (1, -2)"
+    result = replay_file(saved(tmp_path, case, changes, note=note))
+    assert result.verdict == "pass", result.detail
+
+
+def test_transforms_of_other_sizes(tmp_path: Path) -> None:
+    changes: dict[str, Tensor | None] = dict.fromkeys(opened("transforms").tensors)
+    changes["in.clip7"] = torch.arange(16.0).view(1, 1, 4, 4).expand(2, 3, 4, 4)
+    changes["in.img0"] = torch.full((6, 9, 3), 200, dtype=torch.uint8)
+    halved = torch.tensor([[2.5, 4.5], [10.5, 12.5]]).expand(2, 3, 2, 2)  # means of 2 x 2 pixels
+    changes |= {"out.resize_crop7": halved, "out.ucf2_7": halved}
+    changes["out.pil_center2_0"] = torch.full((2, 2, 3), 200, dtype=torch.uint8)
+    changes["out.pil_resize_crop0"] = torch.full((5, 4, 3), 200, dtype=torch.uint8)
+    result = replay_file(saved(tmp_path, opened("transforms"), changes))
+    assert result.verdict == "pass", result.detail
+    assert "4 tensors" in result.detail
+    changes["out.pil_resize_crop0"] = torch.full((5, 4, 3), 201, dtype=torch.uint8)
+    result = replay_file(saved(tmp_path, opened("transforms"), changes))
+    assert result.verdict == "fail"
+
+
 # --- tables -----------------------------------------------------------------------------------
+
+
+def decided(bucket: list[Any] | None, **changes: Any) -> dict[str, Any]:
+    config = {"144p": {"17": [1.0, 3], "1": [[1.0, 1.0], 8]}, "256": {"17": [0.0, None]}}
+    rows = [[40, 200, 200, 2, 5, bucket], [1, 100, 100, 1, 0, None]]
+    places = {"256": {"17": 0}, "144p": {"17": 1, "1": 2}}
+    content = {"config": config, "order": ["256", "144p"], "bucket_index": places, "rows": rows}
+    return {**content, **changes}
+
+
+def sized(chance: float, batch_size: int) -> list[dict[str, Any]]:
+    return [{"id": ["240p", 51, "0.56"], "thw": [51, 240, 426], "prob": chance, "bs": batch_size}]
+
+
+def ordered(batch: list[str], number: int = 2) -> list[dict[str, Any]]:
+    """Two replicas, unshuffled; the third batch, of rows 1 and 5, has no other beside it."""
+    table = [[1, 144, 256, 0], [1, 256, 144, 1], [1, 144, 256, 2], [1, 144, 256, 3]]
+    table += [[1, 150, 256, 4], [1, 256, 144, 5]]
+    config = {"144p": {"1": [1.0, 2]}}
+    return [
+        {
+            "table": table,
+            "config": config,
+            "num_replicas": 2,
+            "shuffle": False,
+            "seed": 3,
+            "batches": {"1": [batch]},
+            "state_dict_step1": {"seed": 3, "epoch": 0, "last_micro_batch_access_index": number},
+        }
+    ]
+
+
+def masked(share: float, **changes: Any) -> dict[str, Any]:
+    return {"ratios": {"image_head": 1.0}, "T": 4, "n": 9, "seed": 1, "mean_unmasked": 0.75} | {
+        "per_frame": [share - 0.25, 1.0, 1.0, 1.0],
+        **changes,
+    }
+
+
+def short(masks: list[list[int]]) -> dict[str, Any]:
+    out = {"ratios": {"image_head_tail": 1.0}, "T": 2, "n": 3, "seed": 1, "first20": masks}
+    return {"T": 2, "k": "image_head_tail", "out": out}
+
+
+def cropped(frames: list[int]) -> list[dict[str, Any]]:
+    return [{"total": 9, "num_frames": 3, "frame_interval": 2, "seed": 0, "frames": frames}]
+
+
+def clipped(mean: float, **changes: Any) -> dict[str, Any]:
+    first = {"grad_norm": 0.5, "returned": 0.5, "ema": 1.0, "ema_var": 0.0, "threshold": 1.0}
+    second = {"grad_norm": 0.9, "returned": 0.9, "ema": mean, "extreme": 0, "clip_coef": 1.0}
+    return {"decay": 0.97, "rows": [first, {**second, **changes}]}
 
 
 @pytest.mark.parametrize(
@@ -444,6 +572,34 @@ def test_layers_of_other_shapes_and_calls(tmp_path: Path) -> None:
         ),
         ([{"warmup_steps": 3, "base_lr": 1.0, "lrs": [0.25, 0.6]}], "fail", "step 1"),
         ({"num_bucket": 3}, "unsupported", "num_bucket"),
+        (decided(["144p", 17, "1.00"]), "pass", "buckets: 4 entries"),
+        (decided(["144p", 17, "0.56"]), "fail", "clip [40, 200, 200, 2, 5]: recorded"),
+        (decided(None), "fail", "1 of them differ"),
+        (decided(None, order=["256"]), "fail", "order: recorded"),
+        (decided(None, places=[]), "fail", "column 'places'"),
+        (decided(None, columns=["H", "T"]), "fail", "columns: expected T, H"),
+        (decided(None, config={"144": {}}), "fail", "did you mean 144p"),
+        ([{"id": ["240p", 51, "0.56"], "thw": [51, 240, 427]}], "fail", "ours Size"),
+        (sized(0.6, 4), "pass", "a configuration that is not here: 1"),
+        (sized(0.6, 4) + 2 * sized(0.5, 20), "fail", "ours [0.5, 20]"),
+        (ordered(["3-1-144-256", "4-1-144-256"]), "pass", "2 entries"),
+        (ordered(["4-1-144-256", "3-1-144-256"]), "fail", "replica 1: recorded"),
+        (ordered(["3-1-144-256"], number=3), "fail", "2 of them differ"),
+        ([{**ordered([])[0], "table": [[1, 144, 256, 1]]}], "fail", "not numbered"),
+        ({"cases": [masked(0.25)]}, "pass", "2 entries"),
+        ({"cases": [masked(0.5)]}, "fail", "per_frame"),
+        ({"cases": [masked(0.25, last20=[])]}, "fail", "column 'last20'"),
+        ({"cases": [masked(0.25)], "others": []}, "fail", "section 'others'"),
+        ({"cases": [masked(0.25, seed="x")]}, "fail", "manual_seed"),
+        ({"small_T": [short([[0, 0]] * 3)]}, "pass", "keep one to make: 1"),
+        ({"small_T": [short([[1, 0]] * 3)]}, "fail", "first20"),
+        ({"cases": [masked(0.25)], "errors": [{"r": {"image_head": 0.1}, "out": {}}]}, "fail", ""),
+        (cropped([1, 3, 6]), "pass", "frames of a clip: 1 entries"),
+        (cropped([1, 3, 5]), "fail", "3 of 9 frames, seed 0"),
+        (clipped(0.997), "pass", "8 entries"),
+        (clipped(0.9969), "fail", "step 1 ema"),
+        (clipped(0.997, extreme=1), "fail", "step 1 extreme"),
+        (clipped(0.997, limit=1.0), "fail", "column 'limit'"),
         ([[0, 0]], "unsupported", "no such kind of table"),
         (7, "unsupported", "no such kind of table"),
     ],

@@ -162,12 +162,14 @@ def _rule(buckets: Buckets | None, bucket: BucketId) -> list[Any]:
 
 
 def _batches(content: Any) -> Iterator[Entry]:
-    """Tables have rows [frames, height, width, ...]; samples are "row-frames-height-width"."""
+    """Rows are [frames, height, width, number], samples "number-frames-height-width"."""
     for case in content:
         settings = ("frame_interval", "seed", "shuffle", "drop_last")
         states = [key for key in case if re.fullmatch(r"state_dict_step\d+", key)]
         known = ("table", "config", "batches", "num_replicas", "epoch", "start_step")
         only((*known, *settings, *states), case)
+        if any(row[3:] != [number] for number, row in enumerate(case["table"])):
+            raise Mismatch("the rows of a table are not numbered from 0 on")
         replicas, epoch = case.get("num_replicas", 1), case.get("epoch", 0)
         sampler = BatchSampler(
             [Row(str(row), *row[:3]) for row in case["table"]],
@@ -250,10 +252,12 @@ def _refusals(section: Any) -> Iterator[Entry]:
         recorded = row["out"]
 
         def deviates(ours: Any, row: Any = row, recorded: Any = recorded) -> str | None:
-            if refused(ours) and any(isinstance(v, float) and v < 0 for v in recorded.values()):
+            rest = 1.0 - sum(row["r"].values())
+            if refused(ours) and rest < 0 and same({**row["r"], "identity": rest}, recorded):
                 return "ratios above 1 refused"
-            old = any(str(name).startswith("mask_") for name in row["r"])
-            return "1.1's names understood" if old and not isinstance(ours, Exception) else None
+            old = any(name.startswith("mask_") for name in row["r"])
+            drawn = recorded.get("__error__") == "AssertionError" and not refused(ours)
+            return "1.1's names understood" if old and drawn else None
 
         ours = partial(_ratios, row["r"])
         yield Entry(f"ratios {row['r']}", ours, recorded, deviates)
@@ -265,18 +269,20 @@ def _ratios(ratios: Mapping[str, float]) -> dict[str, float]:
 
 def _short(section: Any) -> Iterator[Entry]:
     for row in section:
-        if "__error__" not in row["out"]:
-            yield from _drawn([row["out"]])
+        frames, kind, recorded = row["T"], row["k"], row["out"]
+        if "__error__" not in recorded:
+            if recorded["T"] != frames or kind not in recorded["ratios"]:
+                raise Mismatch(f"{kind} of {frames} frames is a case of other frames or kinds")
+            yield from _drawn([recorded])
             continue
-        frames, kind = row["T"], row["k"]
+        short = kind.startswith("quarter") and frames < 4 and recorded["__error__"] == "ValueError"
 
-        def deviates(ours: Any, frames: int = frames, kind: str = kind) -> str | None:
-            short = kind.startswith("quarter") and frames < 4
-            drawn = not isinstance(ours, Exception)
+        def deviates(ours: Any, short: bool = short) -> str | None:
+            drawn = isinstance(ours, torch.Tensor)
             return "quarters of clips below 4 frames drawn" if short and drawn else None
 
         ours = partial(_draw, {kind: 1.0}, frames, 5, 0)
-        yield Entry(f"{kind} of {frames} frames", ours, row["out"], deviates)
+        yield Entry(f"{kind} of {frames} frames", ours, recorded, deviates)
 
 
 _SECTIONS = {"cases": _drawn, "errors": _refusals, "small_T": _short}

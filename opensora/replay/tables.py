@@ -115,7 +115,8 @@ def _run(entry: Entry) -> tuple[Any, str]:
     except Exception as error:
         if fails and (isinstance(error, ValueError) or _name(error) == recorded["__error__"]):
             return error, ""
-        return error, f"recorded {_short(recorded)}, ours raised {_name(error)}: {error}"
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        return error, f"recorded {_short(recorded)}, ours raised {_name(error)}: {reason}"
     if fails:
         return ours, f"recorded {recorded['__error__']}, ours {_short(ours)}"
     if same(ours, recorded, entry.within):

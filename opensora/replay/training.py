@@ -55,8 +55,9 @@ def run_average(case: Case) -> Outputs:
         _place(module, name, case.input(f"model.{name}").clone())
     ema = EMA(module, decay, warm_up=False, trained_only=True)
     given = {n.removeprefix("ema."): case.given(n) for n in inputs if n.startswith("ema.")}
-    if given.keys() != set(names):
-        raise Mismatch(f"averages of {', '.join(given)} and weights {', '.join(names)}")
+    shapes = {name: case.given(f"model.{name}").shape for name in names}
+    if shapes != {name: average.shape for name, average in given.items()}:
+        raise Mismatch("the averages have not the names and shapes of the weights")
     ema.load_state_dict({"updates": 0, "averages": {name: given[name] for name in ema.state}})
     ema.update()
     return {f"out.{name}": ema.state.get(name, average) for name, average in given.items()}

@@ -1,10 +1,8 @@
-"""Test frame masks against those that Open-Sora drew, and what it could not draw."""
+"""Test frame masks that Open-Sora could not draw; those it drew are replayed."""
 
 from __future__ import annotations
 
-import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,24 +10,12 @@ import torch
 from opensora.data.masks import KINDS, MaskGenerator
 from opensora.errors import UsageError
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden/mask_generator.json").read_text())
-SHORT = [case["out"] for case in GOLDEN["small_T"] if "ratios" in case["out"]]
-
-
-@pytest.mark.parametrize("case", GOLDEN["cases"] + SHORT)
-def test_masks_are_those_recorded(case: dict) -> None:
-    rng, generator = random.Random(case["seed"]), torch.Generator().manual_seed(case["seed"])
-    masks = MaskGenerator(case["ratios"]).masks(case["n"], case["T"], rng, generator)
-    assert masks.dtype == torch.bool
-    assert masks[:20].int().tolist() == case["first20"]
-    assert masks.float().mean(0).tolist() == pytest.approx(case["per_frame"], abs=1e-6)
-
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 30])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_leaves_something_to_make(kind: str, frames: int) -> None:
     masks = MaskGenerator({kind: 1.0}).masks(100, frames, random.Random(0))
-    assert masks.shape == (100, frames)
+    assert (masks.shape, masks.dtype) == ((100, frames), torch.bool)
     assert masks.any(1).all()
     if frames > 1 and kind not in ("identity", "random"):
         assert not masks.all(1).any()

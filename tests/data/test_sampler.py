@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +11,6 @@ from opensora.data.buckets import Buckets
 from opensora.data.sampler import BatchSampler, FixedSampler, locate, steps
 from opensora.errors import UsageError
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIG = {"144p": {1: (1.0, 3), 17: (0.6, 2)}, "240p": {17: (0.5, 2)}}
 
 
@@ -24,26 +21,6 @@ def entries(count: int) -> list[Entry]:
 
 def sampler(count: int = 60, **settings: object) -> BatchSampler:
     return BatchSampler(entries(count), Buckets(CONFIG), **settings)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("case", json.loads((GOLDEN / "sampler_batches.json").read_text()))
-def test_batches_are_those_recorded(case: dict) -> None:
-    rows = [Entry(str(row[3]), *row[:3]) for row in case["table"]]
-    replicas = case["num_replicas"]
-    plan = BatchSampler(
-        rows,
-        Buckets(case["config"]),
-        frame_interval=case["frame_interval"],
-        seed=case["seed"],
-        replicas=replicas,
-        shuffle=case["shuffle"],
-        drop_last=case["drop_last"],
-    ).epoch(case["epoch"])
-    for rank, expected in case["batches"].items():
-        mine = plan[case["start_step"] * replicas :][int(rank) :: replicas]
-        assert [
-            [f"{i}-{b.size.frames}-{b.size.height}-{b.size.width}" for i in b.indices] for b in mine
-        ] == expected
 
 
 def test_any_cursor_gives_the_remaining_batches() -> None:

@@ -13,12 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opensora.errors import UsageError, WeightsError
-from opensora.models.vae import Posterior, VideoAutoencoder, VideoAutoencoderConfig
+from opensora.models.vae import VideoAutoencoder, VideoAutoencoderConfig
 from opensora.models.vae.discriminator import NLayerDiscriminator, build_discriminator
 from opensora.models.vae.losses import (
-    LeCam,
     adaptive_weight,
-    discriminator_loss,
     generator_loss,
     kl_loss,
     reconstruction_loss,
@@ -33,51 +31,14 @@ def read(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
-@pytest.fixture(scope="module")
-def recorded() -> dict[str, Tensor]:
-    return read("vae_losses")[0]
-
-
 # --- losses ---------------------------------------------------------------------------------
 
 
-def test_reconstruction_and_kl_match_recorded(recorded: dict[str, Tensor]) -> None:
-    nll = reconstruction_loss(recorded["in.video"], recorded["in.recon"])
-    torch.testing.assert_close(nll, recorded["out.nll"])
-    torch.testing.assert_close(nll, recorded["out.weighted_nll"])
-    kl = kl_loss(Posterior.from_moments(recorded["in.moments"]))
-    torch.testing.assert_close(1e-6 * kl, recorded["out.weighted_kl"])
-
-
-@pytest.mark.parametrize("kind", ["hinge", "non-saturating"])
-def test_adversarial_loss_and_its_weight_match_recorded(
-    recorded: dict[str, Tensor], kind: str
-) -> None:
-    last = recorded["in.last_layer"].clone().requires_grad_()
-    nll = (last @ recorded["in.A"]).square().sum()
-    loss = generator_loss(last @ recorded["in.Bm"], kind)
-    weight = 0.5 * adaptive_weight(nll, loss, last)
-    torch.testing.assert_close(weight, recorded[f"out.adv_dweight_{kind}"])
-    torch.testing.assert_close(weight * loss, recorded[f"out.adv_{kind}"])
+def test_the_adaptive_weight_takes_no_gradient() -> None:
+    last = torch.ones(2, 2, requires_grad=True)
+    weight = adaptive_weight((3 * last).square().sum(), generator_loss(last, "hinge"), last)
+    assert weight.item() == pytest.approx(36 / (0.5 + 1e-4))
     assert not weight.requires_grad
-
-
-@pytest.mark.parametrize("kind", ["hinge", "vanilla", "non-saturating"])
-def test_discriminator_loss_matches_recorded(recorded: dict[str, Tensor], kind: str) -> None:
-    real, fake = recorded["in.real_logits"], recorded["in.fake_logits"]
-    torch.testing.assert_close(discriminator_loss(real, fake, kind), recorded[f"out.disc_{kind}"])
-
-
-def test_lecam_matches_recorded(recorded: dict[str, Tensor]) -> None:
-    lecam = LeCam()
-    lecam.load_state_dict({"real": torch.tensor(0.1), "fake": torch.tensor(-0.2)})
-    term = 0.1 * lecam(recorded["in.real_logits"], recorded["in.fake_logits"])
-    torch.testing.assert_close(term, recorded["out.lecam_hinge"])
-    lecam = LeCam()
-    for real, fake in ((0.5, -0.25), (1.5, 0.75)):
-        lecam.update(real, fake)
-    torch.testing.assert_close(lecam.real, recorded["out.lecam_ema_real"])
-    torch.testing.assert_close(lecam.fake, recorded["out.lecam_ema_fake"])
 
 
 def test_losses_of_a_recorded_model_match_a_plain_sum() -> None:
@@ -136,22 +97,6 @@ def test_half_precision_is_summed_in_float32() -> None:
 
 
 # --- discriminators -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_patchgan_matches_recorded(dims: int) -> None:
-    tensors, metadata = read(f"nlayer_disc{dims}d")
-    network = NLayerDiscriminator(dims, **json.loads(metadata["config"]))
-    weights = {k[3:]: v for k, v in tensors.items() if k.startswith("sd.")}
-    network.load_state_dict(weights, strict=True)
-    with torch.no_grad():
-        close = {"rtol": 1e-5, "atol": 1e-5}
-        torch.testing.assert_close(network.eval()(tensors["in.x"]), tensors["out.eval"], **close)
-        if "out.train" in tensors:
-            out = network.train()(tensors["in.x"])
-            torch.testing.assert_close(out, tensors["out.train"], **close)
-            mean = network.state_dict()["main.3.running_mean"]
-            torch.testing.assert_close(mean, tensors["out.running_mean_after"])
 
 
 def test_discriminator_of_published_size_has_published_names() -> None:
