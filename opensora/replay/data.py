@@ -122,7 +122,7 @@ def _bucket_sizes(content: Any) -> Iterator[Entry]:
 
 
 def _of_no_stage(ours: Any) -> str | None:
-    unknown = isinstance(ours, LookupError) and not ours.args
+    unknown = type(ours) is LookupError  # not a KeyError, which names a bucket
     return "probabilities and batch sizes of a configuration that is not here" if unknown else None
 
 
