@@ -187,10 +187,7 @@ def continue_frames(
         z,
         y=y,
         y_null=y_null,
-        model_kwargs={
-            "mask": text_mask,
-            **{k: torch.full((len(texts),), float(v)) for k, v in told.items()},
-        },
+        model_kwargs={"mask": text_mask, **told},
         num_frames=num_frames,
         mask=mask,
     )

@@ -67,7 +67,7 @@ optimizer = dict(name="muon", betas=(0.9, 0.95), eps=1e-8, adamw_lr=1.5e-3)
 lr = 3e-3
 warmup_steps = 50
 decay = 0.75
-max_steps = 5000
+max_steps = 8000
 grad_clip = 1.0
 ema_decay = 0.998
 ema_warm_up = True
