@@ -203,7 +203,7 @@ class OpenSoraPipeline:
             torch_dtype: the same under the name that diffusers uses.
             text_encoder_dtype: None: float32, as published.
             device: None: a GPU if there is one.
-            progress: draw bars on a terminal.
+            progress: show how far it is: bars on a terminal, else a line now and then.
             **components: ready parts (transformer, vae, text_encoder, scheduler) that are taken
                 instead of being loaded.
 
@@ -324,7 +324,7 @@ class OpenSoraPipeline:
             flow: motion score, likewise.
             camera_motion: likewise.
             callback_on_step_end: called after each step of each batch.
-            progress: draw bars on a terminal.
+            progress: show how far it is: bars on a terminal, else a line now and then.
 
         Raises:
             UsageError: wrong argument.

@@ -21,6 +21,7 @@ import torch
 from opensora.config import parse_command_line
 from opensora.distributed import mesh
 from opensora.program import run_program
+from opensora.progress import silenced
 from opensora.train_config import TrainConfig
 from opensora.training.assembly import Run
 
@@ -43,7 +44,8 @@ def train(config: TrainConfig) -> Path:
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     try:
-        return Run(config, world).train()
+        with silenced(config.quiet):
+            return Run(config, world).train()
     finally:
         mesh.stop()
 

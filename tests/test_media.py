@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from opensora import media
 from opensora.errors import DoesNotFitError, NonFiniteError, UsageError
 from opensora.files import atomic, check_folder, write_text
 from opensora.media import frame_rate, read_metadata, to_uint8, write_clip
-from opensora.progress import Progress
+from opensora.progress import Progress, silenced
 
 ROOT = Path(__file__).parent.parent
 
@@ -221,11 +223,79 @@ def test_files_without_a_recipe_are_named(tmp_path: Path) -> None:
             read_metadata(tmp_path / name)
 
 
-def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Set the time that progress goes by."""
+    now = [100.0]
+    monkeypatch.setattr("opensora.progress.time.monotonic", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, 100.0 + seconds)
+
+
+def test_short_stages_are_silent_without_a_terminal(
+    clock: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
     with Progress() as progress:
         report = progress.stage("sampling")
         report(1, 2)
+        clock(9.9)
         report(2, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_long_stages_write_lines_without_a_terminal(
+    clock: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress() as progress:
+        report = progress.stage("encoding 17x64x64", "clip")
+        for second in range(1, 2001):
+            clock(second)
+            report(16 * second, 64_000)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    lines = shown.err.splitlines()
+    assert lines[0] == "encoding 17x64x64: 160/64000 clips, 16.0 clips/s, 66 min left"
+    assert lines[1] == "encoding 17x64x64: 640/64000 clips, 16.0 clips/s, 66 min left"
+    seconds = [int(line.split()[2].split("/")[0]) // 16 for line in lines]
+    gaps = [after - before for before, after in itertools.pairwise(seconds)]
+    assert min(gaps) >= 30
+    assert gaps == sorted(gaps)
+    assert max(gaps) <= 300
+    assert len(lines) < 40
+
+
+def test_lines_of_bytes_and_of_slow_steps(
+    clock: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress() as progress:
+        report = progress.stage("loading the VAE", "B")
+        clock(20)
+        report(10**9, 4 * 10**9)
+        report = progress.stage("sampling")
+        clock(20 + 5 * 3600)
+        report(0, 4)
+        report(2, 4)
+    assert capsys.readouterr().err.splitlines() == [
+        "loading the VAE: 1000/4000 MB, 50.0 MB/s, 60 s left",
+        "sampling: 2/4 steps, 9000.0 s/step, 5 h 0 min left",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("enabled", "rank", "quiet"), [(False, "0", False), (None, "1", False), (None, "0", True)]
+)
+def test_quiet_and_other_processes_write_no_lines(
+    enabled: bool | None,
+    rank: str,
+    quiet: bool,
+    clock: Callable[[float], None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with silenced(quiet), Progress(enabled) as progress:
+        report = progress.stage("sampling")
+        clock(60)
+        report(1, 2)
     assert capsys.readouterr() == ("", "")
 
 

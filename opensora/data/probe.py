@@ -16,6 +16,7 @@ from opensora.data.video import video_facts
 from opensora.data.workers import Workers
 from opensora.errors import OpenSoraError
 from opensora.files import write_text
+from opensora.progress import Progress
 
 
 class Facts(NamedTuple):
@@ -67,7 +68,9 @@ def probe_table(
             return index, str(error)
         return index, _merged(row, found)
 
-    with Workers(min(threads, len(open_rows)), "opensora-probe") as workers:
+    done = 0
+    with Workers(min(threads, len(open_rows)), "opensora-probe") as workers, Progress() as progress:
+        report = progress.stage("probing files", "file")
         for start in range(0, len(open_rows), 4096):
             part = [workers.submit(partial(find, i)) for i in open_rows[start : start + 4096]]
             for index, found in (pending.result() for pending in part):
@@ -75,6 +78,8 @@ def probe_table(
                     facts[index] = found
                 else:
                     problems[index] = found
+                done += 1
+                report(done, len(open_rows))
     if memory is not None:
         memory.save()
     return list(facts), problems
