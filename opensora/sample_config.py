@@ -141,9 +141,7 @@ class SampleConfig:
     dry_run: bool = setting(False, "print the plan and stop", group=OUTPUT)
     json: bool = setting(False, "print one JSON object a clip", group=OUTPUT)
     quiet: bool = setting(False, "print the results only", group=OUTPUT, flags=("-q",), env=True)
-    progress: bool = setting(
-        True, "show progress: bars, or lines in a log", group=OUTPUT, env=True
-    )
+    progress: bool = setting(True, "show progress: bars, or lines in a log", group=OUTPUT, env=True)
     verbose: int = setting(
         1, "0: like --quiet; 2: all settings", group=OUTPUT, flags=("-v",), bare="2", minimum=0
     )

@@ -113,6 +113,7 @@ def read(
     index, values = read_index(folder), read_json(folder / folders.STATES)
     targets = parts.model_tensors(modules) | parts.average_tensors(ema, modules)
     names = parts.parameter_names(modules)
+    begun = {} if ema is None else _begin_averages(targets, index)
     check_names(folder, targets, index, ("model.", *(("ema.",) if ema is not None else ())))
     for name, optimizer in optimizers.items():
         targets |= parts.optimizer_targets(optimizer, names, index, f"optimizer.{name}.")
@@ -121,6 +122,8 @@ def read(
         if name.startswith(("extra.", rng)):
             targets[name] = torch.empty(stored.shape, dtype=stored.dtype)
     fill(targets, folder, index)
+    for name, average in begun.items():
+        parts.local(average).copy_(parts.local(targets[name]).detach())
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {
@@ -171,17 +174,39 @@ def fill(targets: Mapping[str, Tensor], folder: Path, index: Index) -> None:
         raise first_failure(error) from None
 
 
+def _begin_averages(targets: dict[str, Tensor], index: Index) -> dict[str, Tensor]:
+    """Take out averages that are not stored and begin at the weights; return them by weight.
+
+    They are of weights that were frozen when the checkpoint was saved, and are trained now.
+    """
+    names = [
+        name
+        for name in targets
+        if name.startswith("ema.")
+        and name not in index.tensors
+        and "model." + name.removeprefix("ema.") in index.tensors
+    ]
+    if len(names) == sum(name.startswith("ema.") for name in targets):
+        return {}  # none is stored at all: it is of a run without averages
+    return {"model." + name.removeprefix("ema."): targets.pop(name) for name in names}
+
+
 def check_names(
     folder: Path, targets: Mapping[str, Tensor], index: Index, prefixes: tuple[str, ...]
 ) -> None:
     """Check that a checkpoint holds just the tensors wanted, of their shapes.
 
+    It may hold averages of weights that are not trained now; they stay on the disk.
+
     Raises:
         WeightsError: says which are missing, unexpected or of another shape.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in targets.items()}
+    frozen = {name.replace("model.", "ema.", 1) for name in wanted} - wanted.keys()
     given = {
-        name: stored.shape for name, stored in index.tensors.items() if name.startswith(prefixes)
+        name: stored.shape
+        for name, stored in index.tensors.items()
+        if name.startswith(prefixes) and name not in frozen
     }
     if wanted != given:
         raise WeightsError(

@@ -182,7 +182,12 @@ class Run:
             self.learner,
             loader,
             schedule_of(config, self.total),
-            EMA(self.learner.modules, config.ema_decay, warm_up=config.ema_warm_up),
+            EMA(
+                self.learner.modules,
+                config.ema_decay,
+                warm_up=config.ema_warm_up,
+                trained_only=True,
+            ),
             Watchdog(
                 self.folder,
                 patience=config.max_bad_steps,

@@ -31,6 +31,44 @@ FROZEN: dict[str, Any] = {
 }
 
 
+def averages(folder: Path) -> set[str]:
+    """Return the names of a run's averages."""
+    return {n.removeprefix("ema.transformer.") for n in newest(folder) if n.startswith("ema.")}
+
+
+def test_frozen_weights_have_no_averages_and_are_exported_all_the_same(tmp_path: Path) -> None:
+    model = {**FROZEN["model"], "freeze_y_embedder": True}
+    folder = run(tmp_path, **{**FROZEN, "model": model}, max_steps=2, lr=1e-2)
+    found = newest(folder)
+    names = {n.removeprefix("model.transformer.") for n in found if n.startswith("model.")}
+    frozen = {name for name in names if name.startswith(("y_embedder.", "rope."))}
+    assert len(frozen) >= 5
+    assert averages(folder) == names - frozen
+    exported = load_model(STDiT3, folder / "transformer").state_dict()
+    for name in names:
+        source = "model" if name in frozen else "ema"
+        assert torch.equal(exported[name], found[f"{source}.transformer.{name}"]), name
+    changed = [
+        n for n in names - frozen if not torch.equal(exported[n], found[f"model.transformer.{n}"])
+    ]
+    assert changed
+
+
+def test_what_is_frozen_or_thawed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = {**FROZEN["model"], "freeze_y_embedder": True}
+    frozen: dict[str, Any] = {**FROZEN, "model": model}
+    everything = averages(run(tmp_path, **FROZEN, max_steps=1))
+    # Of an earlier version, or before they were frozen: averages of weights not trained now.
+    fewer = averages(run(tmp_path, **frozen, max_steps=2, load="latest"))
+    assert fewer < everything
+    before = newest(tmp_path / "000-STDiT3")
+    folder = run(tmp_path, **FROZEN, max_steps=3, load="latest", ema_decay=1.0)
+    assert averages(folder) == everything
+    for name in everything - fewer:  # they begin at what the weights were
+        expected = before[f"model.transformer.{name}"]
+        assert torch.equal(newest(folder)[f"ema.transformer.{name}"], expected)
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]:
     """Collect (epoch, names) of the batches that are trained on."""
