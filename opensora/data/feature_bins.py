@@ -94,7 +94,12 @@ class BatchFeatureDataset:
         """Plan one batch a file; settings as for `FileSampler`."""
         return FileSampler(self._batches, **settings)
 
-    def check(self, vae: str | None = None, text_encoder: str | None = None) -> None:
+    def check(
+        self,
+        vae: str | None = None,
+        text_encoder: str | None = None,
+        clean_captions: bool | None = None,
+    ) -> None:
         """Do nothing: these files do not say what made them."""
 
     def load(self, index: int, size: Size, rng: random.Random) -> Sample:

@@ -111,7 +111,12 @@ class NpzFeatures:
         """Plan batches of the stored sizes; settings as for `StoredSampler`."""
         return StoredSampler(self.sizes(), **settings)
 
-    def check(self, vae: str | None = None, text_encoder: str | None = None) -> None:
+    def check(
+        self,
+        vae: str | None = None,
+        text_encoder: str | None = None,
+        clean_captions: bool | None = None,
+    ) -> None:
         """Do nothing: these files do not say what made them."""
 
     def load(self, index: int, size: Size, rng: random.Random) -> Sample:

@@ -69,18 +69,26 @@ class CachedFeatures:
         """Plan batches of the stored sizes; settings as for `StoredSampler`."""
         return StoredSampler(self.sizes(), **settings)
 
-    def check(self, vae: str | None = None, text_encoder: str | None = None) -> None:
+    def check(
+        self,
+        vae: str | None = None,
+        text_encoder: str | None = None,
+        clean_captions: bool | None = None,
+    ) -> None:
         """Refuse features of other models than the run's; None is not compared.
 
         Args:
             vae: digest of its weights, `opensora.checkpoint.weights_digest`.
             text_encoder: likewise.
+            clean_captions: whether the run cleans captions.
 
         Raises:
-            UsageError: they are of another VAE or text encoder.
+            UsageError: they are of another VAE, text encoder or cleaning.
         """
-        text_encoder = text_encoder if self.load_text_features else None
+        if not self.load_text_features:
+            text_encoder = clean_captions = None
         check_models(self.folder, self.settings, vae=vae, text_encoder=text_encoder)
+        check_cleaning(self.folder, self.settings, clean_captions)
 
     def load(self, index: int, size: Size, rng: random.Random) -> Sample:
         """Read a row; see `opensora.data.batch.Dataset`."""
@@ -136,9 +144,15 @@ class TextFeatures:
             raise SampleError(f"{self.folder} has no states of the text {text[:60]!r}")
         return found["text"]
 
-    def check(self, vae: str | None = None, text_encoder: str | None = None) -> None:
+    def check(
+        self,
+        vae: str | None = None,
+        text_encoder: str | None = None,
+        clean_captions: bool | None = None,
+    ) -> None:
         """Refuse states of another text encoder; see `CachedFeatures.check`."""
         check_models(self.folder, self.settings, text_encoder=text_encoder)
+        check_cleaning(self.folder, self.settings, clean_captions)
 
 
 class WithTextFeatures:
@@ -162,9 +176,14 @@ class WithTextFeatures:
         """List the dataset's rows."""
         return self.dataset.entries()
 
-    def check(self, vae: str | None = None, text_encoder: str | None = None) -> None:
+    def check(
+        self,
+        vae: str | None = None,
+        text_encoder: str | None = None,
+        clean_captions: bool | None = None,
+    ) -> None:
         """Refuse features of other models; see `CachedFeatures.check`."""
-        self.features.check(text_encoder=text_encoder)
+        self.features.check(text_encoder=text_encoder, clean_captions=clean_captions)
         inner = getattr(self.dataset, "check", None)
         if inner is not None:
             inner(vae=vae)
@@ -199,6 +218,20 @@ def check_models(folder: Path, settings: Mapping[str, Any], **digests: str | Non
                 f"run's ({digest[:19]}...); extract them again, or name that {name} in the "
                 "configuration"
             )
+
+
+def check_cleaning(folder: Path, settings: Mapping[str, Any], wanted: bool | None) -> None:
+    """Compare how captions were cleaned with how the run cleans them; None is not compared.
+
+    Raises:
+        UsageError: prompts of the run, and later ones, would not be what the model learns from.
+    """
+    made = settings.get("clean_captions")
+    if None not in (made, wanted) and made != wanted:
+        raise UsageError(
+            f"{folder}: these text states are of captions with clean_captions={made}, the run has "
+            f"clean_captions={wanted}; extract them again, or set clean_captions={made}"
+        )
 
 
 def _digest(text: str) -> bytes:

@@ -258,7 +258,7 @@ def _row(path: Path, root: Path, columns: Sequence[str], line: int, cells: Seque
 def _text(value: Any) -> str | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    text = str(value).strip()
+    text = (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)).strip()
     return text or None
 
 

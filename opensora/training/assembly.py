@@ -146,7 +146,11 @@ class Run:
         text, vae = self.config.text_encoder, self.config.vae
         check = getattr(dataset, "check", None)
         if check is not None:
-            check(vae=_digest(vae, "vae"), text_encoder=_digest(text, "text_encoder"))
+            check(
+                vae=_digest(vae, "vae"),
+                text_encoder=_digest(text, "text_encoder"),
+                clean_captions=self.config.clean_captions,
+            )
         prepare = getattr(dataset, "prepare", None)
         if prepare is None or models.vae is None:
             return
