@@ -55,10 +55,10 @@ def write_error(path: Path, error: OSError) -> OpenSoraError:
     """Return the typed error for a failed write, in one sentence."""
     if error.errno in _FULL:
         return DoesNotFitError(
-            f"cannot write {path}: no space left for it; free some, or give another --output folder"
+            f"cannot write {path}: no space left for it; free some, or give another output folder"
         )
     why = error.strerror or str(error)
-    return UsageError(f"cannot write {path}: {why}; give another --output folder")
+    return UsageError(f"cannot write {path}: {why}; give another output folder")
 
 
 def check_folder(folder: Path, needed: int) -> None:
@@ -82,7 +82,7 @@ def check_folder(folder: Path, needed: int) -> None:
             existing = existing.parent
         if not existing.is_dir():
             raise UsageError(
-                f"cannot write to {folder}: {existing} is a file; give another --output folder"
+                f"cannot write to {folder}: {existing} is a file; give another output folder"
             )
         with tempfile.NamedTemporaryFile(dir=existing, prefix=".opensora-", suffix=".partial"):
             pass
@@ -92,7 +92,7 @@ def check_folder(folder: Path, needed: int) -> None:
     if free < needed:
         raise DoesNotFitError(
             f"cannot write to {folder}: about {_size(needed)} are needed and {_size(free)} are "
-            "free; free some, ask for fewer or smaller clips, or give another --output folder"
+            "free; free some, ask for fewer or smaller clips, or give another output folder"
         )
 
 

@@ -1,10 +1,10 @@
 """Store what torch.distributed.checkpoint plans as safetensors with a JSON index.
 
 A checkpoint folder holds `00000.safetensors` and so on, one file per writing rank with that rank's
-pieces of tensors; `running_states.json`; and `index.json`, which says where each piece lies and how
-long each file is. DCP's own storage reads a pickle (`.metadata`) before anything else, which can
-run code; here no pickle is written or read. The folder is written under a hidden name and renamed
-when all of it is on the disk, so a folder with a final name is complete.
+pieces of tensors; `running_states.json`; and `index.json`, which says where each piece lies, and
+length and checksum of each file. DCP's own storage reads a pickle (`.metadata`) before anything
+else, which can run code; here no pickle is written or read. The folder is written under a hidden
+name and renamed when all of it is on the disk, so a folder with a final name is complete.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from opensora.distributed.checkpoint_index import FORMAT, Index, Piece
+from opensora.distributed.checkpoint_index import FORMAT, Index, Piece, checksum
 from opensora.distributed.run_folders import (
     INDEX,
     STATES,
@@ -112,14 +112,17 @@ class SafetensorsWriter(StorageWriter):
             except SafetensorError as error:
                 raise _as_os_error(error, path) from error
             size = path.stat().st_size
-            results = [WriteResult(item.index, size, name) for item in plan.items]
+            stored = name, checksum(path)
+            results = [WriteResult(item.index, size, stored) for item in plan.items]
         done.set_result(results)
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write running_states.json and index.json, flush, and give the folder its final name."""
-        places = {row.index: row.storage_data for rows in results for row in rows}
-        files = {row.storage_data: row.size_in_bytes for rows in results for row in rows}
+        written = [row for rows in results for row in rows]
+        places = {row.index: row.storage_data[0] for row in written}
+        files = {row.storage_data[0]: row.size_in_bytes for row in written}
+        sums = dict(row.storage_data for row in written)
         tensors = {}
         for name, stored in metadata.state_dict_metadata.items():
             assert isinstance(stored, TensorStorageMetadata)
@@ -132,7 +135,8 @@ class SafetensorsWriter(StorageWriter):
                 ],
             }
         files[STATES] = _write_json(self.partial / STATES, self.states, indent=1)
-        index = {"format": FORMAT, "world_size": self._world_size, "files": files}
+        sums[STATES] = checksum(self.partial / STATES)
+        index = {"format": FORMAT, "world_size": self._world_size, "files": files, "crc32": sums}
         _write_json(self.partial / INDEX, {**index, "tensors": tensors})
         put_in_place(self.partial, self.folder)
 

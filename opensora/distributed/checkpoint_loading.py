@@ -21,7 +21,7 @@ from opensora.distributed import run_folders as folders
 from opensora.distributed import training_state as parts
 from opensora.distributed.agreement import first_failure
 from opensora.distributed.checkpoint_files import SafetensorsReader
-from opensora.distributed.checkpoint_index import Index, read_index
+from opensora.distributed.checkpoint_index import Index, check_sums, read_index
 from opensora.errors import WeightsError
 from opensora.weight_files import read_json
 
@@ -65,7 +65,7 @@ def choose(run: Path, which: str | os.PathLike[str]) -> Path | None:
     if which != "latest" and not path.is_dir():
         raise WeightsError(f"folder not found: {path}; give a checkpoint's folder or 'latest'")
     if folders.is_ours(path):
-        read_index(path)
+        check_sums(path, read_index(path))
         return path
     found = folders.checkpoints(path)
     if not found and which != "latest":
@@ -85,7 +85,7 @@ def newest_good(run: Path) -> Path | None:
     found = folders.checkpoints(run)
     for saved in reversed(found):
         try:
-            read_index(saved.folder)
+            check_sums(saved.folder, read_index(saved.folder))
             read_json(saved.folder / folders.STATES)
         except WeightsError as error:
             log.error("CHECKPOINT NOT USABLE, taking the one before it: %s", error)
@@ -149,7 +149,10 @@ def read(
             "start it with the configuration that it was started with"
         ) from error
     generators = {key: value for key, value in targets.items() if key.startswith(rng)}
-    parts.restore_generators(rank, generators)
+    try:
+        parts.restore_generators(rank, generators)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise WeightsError(f"{folder} is damaged: no random state ({error})") from error
     if not generators:
         log.warning(
             "%s is of %d processes: process %d keeps its own random state",

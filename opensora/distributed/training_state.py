@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from opensora.distributed.checkpoint_index import Index
+from opensora.errors import WeightsError
 
 log = logging.getLogger("opensora")
 Tensors = dict[str, Tensor]
@@ -182,7 +183,17 @@ def restore_optimizer(
         names: of its parameters.
         tensors: "NAME.KEY.FIELD" -> tensor, taken over without a copy.
         values: the JSON of `optimizer_tensors`.
+
+    Raises:
+        WeightsError: it is of an optimizer of another kind.
     """
+    count, stored = len(optimizer.param_groups), len(values["groups"])
+    if count != stored:
+        raise WeightsError(
+            f"the optimizer has {count} groups of parameters, that of the checkpoint had {stored}: "
+            "go on with the optimizer it was saved with, or take the weights alone "
+            "(--start-from-scratch)"
+        )
     fields: dict[str, Tensors] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition(".")

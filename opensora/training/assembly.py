@@ -20,6 +20,7 @@ from opensora.distributed.collectives import all_reduce, broadcast_object
 from opensora.distributed.mesh import World
 from opensora.distributed.run_folders import STATES, find_run, new_run_folder
 from opensora.errors import OpenSoraError, UsageError
+from opensora.files import check_folder
 from opensora.models.vae.loading import find_trained
 from opensora.pipeline_folder import pipeline_folder
 from opensora.schedulers.rflow import RFlow
@@ -54,6 +55,8 @@ class Run:
         check_sections(config)
         validation_settings(config)
         weights_of(config)
+        if not config.dry_run and (config.load is None or config.start_from_scratch):
+            _on_main(world, lambda: check_folder(Path(config.outputs), 0), "the folder of runs")
 
     def train(self) -> Path:
         """Take all steps, then write the averaged weights."""

@@ -6,13 +6,8 @@ number of the next batch. Checkpoints are taken between steps and hold it.
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any
 
 import torch
 
@@ -20,13 +15,14 @@ from opensora.data.batch import Batch
 from opensora.data.loader import Loader
 from opensora.distributed.checkpoint import Checkpointer, Progress
 from opensora.distributed.collectives import all_gather_object, all_reduce, watched
-from opensora.errors import NonFiniteError, UsageError
+from opensora.errors import DoesNotFitError, NonFiniteError, UsageError
 from opensora.training.ema import EMA
 from opensora.training.learner import Learner
 from opensora.training.metrics import Metrics
 from opensora.training.objective import Losses
 from opensora.training.place import find_place, place
 from opensora.training.schedule import Schedule
+from opensora.training.stopping import Stopping
 from opensora.training.watchdog import Verdict, Watchdog, starting_note
 
 #: Called between steps with the number of steps taken.
@@ -73,7 +69,7 @@ class Trainer:
     def __post_init__(self) -> None:
         """Begin at the beginning."""
         self.progress = Progress()
-        self._stopping = threading.Event()
+        self._stopping = Stopping(self._say)
         self._saved = -1  # step of the checkpoint that a rewind goes to
         self._good = "latest"  # and where it is: not always the newest of the folder
         self._noted = False  # whether the first loss was judged
@@ -102,7 +98,11 @@ class Trainer:
             print(note, flush=True)
 
     def save(self, *, wait: bool = False) -> None:
-        """Save where the run is."""
+        """Save where the run is.
+
+        Raises:
+            DoesNotFitError: no space is left, twice in a row.
+        """
         self.progress.extra = {
             "clip": self.learner.clip.state_dict(),
             "watchdog": self.watchdog.state_dict(),
@@ -110,9 +110,12 @@ class Trainer:
                 self.loader.sampler, self.progress.batch, self.loader.epochs, self.digest
             ),
         }
-        self.checkpointer.save(
-            self.progress, self.learner.modules, self.learner.optimizer, self.ema, wait=wait
-        )
+        learner = self.learner
+        state = self.progress, learner.modules, learner.optimizer, self.ema
+        try:
+            self.checkpointer.save(*state, wait=wait)
+        except DoesNotFitError:  # told when it happened; by now there may be room
+            self.checkpointer.save(*state, wait=True)
         self._saved, self._good, self._late = self.progress.global_step, "latest", False
 
     def run(self) -> bool:
@@ -121,7 +124,7 @@ class Trainer:
             self._say(f"all {self.total} steps are taken; raise --max-steps or --epochs for more")
         batches = self.loader.batches(self.progress.batch)
         self.metrics.start()
-        with self._interruptible():
+        with self._stopping.listening():
             while self.progress.global_step < self.total:
                 with self.metrics.waiting():
                     taken = self._take(batches)
@@ -134,7 +137,7 @@ class Trainer:
                 if verdict is Verdict.REWIND:
                     self._rewind()
                     continue
-                stopping = self._agree_to_stop()
+                stopping = self._stopping.agreed()
                 self._late |= bool(self.ckpt_every) and done % self.ckpt_every == 0
                 last = done == self.total
                 # In a row of bad steps the weights are suspect: the next good one is waited for.
@@ -280,30 +283,3 @@ class Trainer:
         self.resume(self._good)
         self.progress.batch = batch
         self.watchdog.load_state_dict(watchdog)
-
-    def _agree_to_stop(self) -> bool:
-        """Tell whether any process was asked to stop."""
-        own = torch.tensor(float(self._stopping.is_set()))
-        return bool(all_reduce(own, "the wish to stop", "max") > 0)
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Save and end after this step on SIGTERM or SIGINT; a second one ends at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self._stopping.is_set():
-                raise KeyboardInterrupt
-            self._stopping.set()
-            self._say("stopping after this step; once more to stop at once")
-
-        before: dict[signal.Signals, Any] = {}
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                before[number] = signal.signal(number, ask)
-            yield
-        finally:
-            for which, handler in before.items():
-                signal.signal(which, handler)

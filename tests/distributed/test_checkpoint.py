@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from opensora.distributed import checkpoint_files
@@ -271,9 +272,18 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
 
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        lambda f: flip(f / "00000.safetensors"),
+        lambda f: flip(f / "running_states.json"),
         lambda f: cut(f / "00000.safetensors"),
         lambda f: (f / "00000.safetensors").unlink(),
         lambda f: cut(f / "running_states.json"),
@@ -281,7 +291,16 @@ def cut(path: Path) -> None:
         lambda f: cut(f / "index.json"),
         lambda f: (f / "index.json").write_text("{}"),
     ],
-    ids=["cut", "no-shard", "cut-states", "no-states", "cut-index", "empty-index"],
+    ids=[
+        "bit",
+        "bit-states",
+        "cut",
+        "no-shard",
+        "cut-states",
+        "no-states",
+        "cut-index",
+        "empty-index",
+    ],
 )
 def test_damaged_checkpoint_is_reported_and_the_one_before_is_taken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any
@@ -434,6 +453,36 @@ def test_another_model_is_refused_with_a_list(tmp_path: Path) -> None:
         run.save(saver, 1, wait=True)
         with pytest.raises(WeightsError, match=r"4 missing \(model.net.2.weight"):
             other.load(saver)
+
+
+def test_checkpoints_without_checksums_load_and_their_random_state_is_checked(
+    tmp_path: Path,
+) -> None:
+    run = Run()
+    with Checkpointer(tmp_path) as saver:
+        run.save(saver, 1)
+        saver.wait()
+        folder = tmp_path / "epoch0-global_step1"
+        index = json.loads((folder / "index.json").read_text())
+        assert set(index.pop("crc32")) == {"00000.safetensors", "running_states.json"}
+        (folder / "index.json").write_text(json.dumps(index))
+        assert run.load(saver) == Progress(global_step=1)
+        shard = folder / "00000.safetensors"
+        tensors = load_file(shard)
+        tensors["rng.0.python"][-5] = 200
+        save_file(tensors, shard)
+        with pytest.raises(WeightsError, match="is damaged: no random state"):
+            run.load(saver)
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    run = Run()
+    with Checkpointer(tmp_path) as saver:
+        run.save(saver, 1)
+        two = [{"params": [p]} for p in run.model.parameters()]
+        run.optimizer = torch.optim.AdamW(two)
+        with pytest.raises(WeightsError, match=r"has 4 groups .* had 1: .*--start-from-scratch"):
+            run.load(saver)
 
 
 def test_latest_of_a_new_run_and_none_load_nothing(tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from opensora.checkpoint import load_model
 from opensora.data.batch import Batch, Sample, SampleError, Size
 from opensora.data.shapes_dataset import ShapesDataset
+from opensora.distributed import checkpoint_files
 from opensora.distributed.run_folders import checkpoints
-from opensora.errors import NonFiniteError, UsageError
+from opensora.errors import DoesNotFitError, NonFiniteError, UsageError
 from opensora.models.stdit import STDiT3
 from opensora.training.objective import Losses, Objective
 from opensora.training.place import find_place, place, plan_digest
@@ -150,6 +152,26 @@ def test_a_run_that_cannot_go_back_says_so(tmp_path: Path, monkeypatch: pytest.M
         run(tmp_path, max_bad_steps=3)
 
 
+def test_a_disk_that_was_full_for_a_while_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full, write = {"epoch0-global_step2"}, checkpoint_files.save_file
+
+    def limited(tensors: dict[str, Tensor], path: Path) -> None:
+        if path.parent.name.strip(".").removesuffix(".partial") in full:
+            raise SafetensorError("No space left on device (os error 28)")
+        write(tensors, path)
+
+    monkeypatch.setattr(checkpoint_files, "save_file", limited)
+    folder = run(tmp_path / "a", max_steps=6, ckpt_every=2)
+    assert "epoch0-global_step2: No space left on device; there is no earlier one" in caplog.text
+    assert [saved.step for saved in checkpoints(folder)] == [4, 6]
+    full.add("epoch0-global_step4")
+    with pytest.raises(DoesNotFitError, match="global_step4: No space left"):
+        run(tmp_path / "b", max_steps=6, ckpt_every=2)
+    assert not list((tmp_path / "b").rglob("*.partial"))
+
+
 def test_bad_steps_cost_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, 1, 5)
     folder = run(tmp_path, max_steps=6, ckpt_every=2)
@@ -267,6 +289,16 @@ def test_settings_that_do_not_fit_are_told_before_models_are_read(
     monkeypatch.setattr("opensora.training.models._load_vae", lambda *_: pytest.fail("read"))
     with pytest.raises(UsageError, match=message):
         run(tmp_path, **changes)
+
+
+def test_outputs_that_cannot_be_written_are_told_before_models_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opensora.training.models._load_vae", lambda *_: pytest.fail("read"))
+    (tmp_path / "file").touch()
+    for outputs in (tmp_path / "file", tmp_path / "file/below", Path("/proc/none")):
+        with pytest.raises(UsageError, match="cannot write"):
+            run(outputs)
 
 
 def test_rows_that_one_process_of_a_sequence_group_cannot_read_are_left_out_on_all(
