@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_right
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,12 +55,23 @@ class VideoFile:
         if error is not None and is_medium(error):
             raise failure(error, self.failure) from error
 
-    def frames(self) -> Iterator[Any]:
-        """Decode from where the file stands."""
-        return iter(self.container.decode(self.stream))
+    def frames(self) -> Generator[Any, None, None]:
+        """Decode from where the file stands; close it before the file."""
+        with self._packets() as packets:
+            for packet in packets:
+                yield from packet.decode()
 
-    def by_time(self, index: Index, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """Decode from the keyframe before the first wanted frame; yield (place, frame)."""
+    def _packets(self) -> closing[Any]:
+        """Return packets for a `with` block: av frees its own only if it is closed or ends."""
+        return closing(self.container.demux(self.stream))
+
+    def by_time(
+        self, index: Index, wanted: Sequence[int]
+    ) -> Generator[tuple[int, Any], None, None]:
+        """Decode from the keyframe before the first wanted frame; yield (place, frame).
+
+        Close it before the file.
+        """
         places = {index.times[place]: place for place in wanted}
         last = index.times[wanted[-1]]
         # Should seeking land too late, or the keyframe prove to be none, earlier ones are tried.
@@ -68,28 +80,28 @@ class VideoFile:
         for attempt, start in enumerate(starts):
             if attempt or start:
                 self.container.seek(index.times[start], stream=self.stream, backward=True)
-            got = self._from(places, last, index.times[start], retry=start > 0)
-            first = next(got, None)
-            if first is not None and first[0] == wanted[0]:
-                yield first
-                yield from got
-                return
-            got.close()
+            with closing(self._from(places, last, index.times[start], retry=start > 0)) as got:
+                first = next(got, None)
+                if first is not None and first[0] == wanted[0]:
+                    yield first
+                    yield from got
+                    return
 
     def _from(
         self, places: dict[int, int], last: int, start: int, *, retry: bool
     ) -> Generator[tuple[int, Any], None, None]:
         """Yield wanted frames; end at once if the file stands behind `start` and may retry."""
         decoded = False
-        for packet in self.container.demux(self.stream):
-            if not decoded and retry and packet.pts is not None and packet.pts > start:
-                return
-            decoded = True
-            for frame in packet.decode():
-                if frame.pts in places:
-                    yield places[frame.pts], frame
-                if frame.pts is not None and frame.pts >= last:
+        with self._packets() as packets:
+            for packet in packets:
+                if not decoded and retry and packet.pts is not None and packet.pts > start:
                     return
+                decoded = True
+                for frame in packet.decode():
+                    if frame.pts in places:
+                        yield places[frame.pts], frame
+                    if frame.pts is not None and frame.pts >= last:
+                        return
 
     def pixels(self, frame: Any) -> Pixels:
         """Return a frame as uint8 [H, W, 3], upright."""

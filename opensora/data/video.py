@@ -9,6 +9,7 @@ hidden frames as in VP8) are decoded from the start and counted.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from opensora.data.batch import SampleError
@@ -28,7 +29,8 @@ def video_facts(path: Path) -> tuple[int, int, int, float]:
     """
     with open_video(path) as file:
         count, fps = file.stream.frames, rate(file.stream)
-        first = next(file.frames(), None)
+        with closing(file.frames()) as frames:
+            first = next(frames, None)
         if first is None:
             raise UnreadableError("no frame of it can be decoded")
         height, width = first.height, first.width
@@ -58,17 +60,17 @@ def read_frames(path: Path, wanted: Sequence[int]) -> Iterator[Pixels]:
         raise SampleError(f"frame {wanted[-1]} is wanted, the file holds {index.count}")
     with open_video(path) as file:
         file.failure = SampleError
-        found = file.by_time(index, wanted) if index.exact else enumerate(file.frames())
         place, pixels = 0, None
-        for number, frame in found:
-            if number != wanted[place]:
-                continue
-            if frame.is_corrupt:
-                raise SampleError(f"frame {number} is damaged")
-            pixels = file.pixels(frame)
-            while place < len(wanted) and wanted[place] == number:
-                yield pixels
-                place += 1
-            if place == len(wanted):
-                return
+        with closing(file.by_time(index, wanted) if index.exact else file.frames()) as frames:
+            for number, frame in frames if index.exact else enumerate(frames):
+                if number != wanted[place]:
+                    continue
+                if frame.is_corrupt:
+                    raise SampleError(f"frame {number} is damaged")
+                pixels = file.pixels(frame)
+                while place < len(wanted) and wanted[place] == number:
+                    yield pixels
+                    place += 1
+                if place == len(wanted):
+                    return
     raise SampleError(f"frame {wanted[place]} of {index.count} cannot be decoded")
