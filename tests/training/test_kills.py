@@ -1,7 +1,7 @@
-"""Kill the training program at random moments, over and over: it must end as if nothing had been.
+"""Kill scripts/train.py at random moments, over and over: it must end as if nothing had been.
 
-One process imports everything and forks a training from itself for every life, so that a life costs
-a second. Fifty kills: `python tests/training/test_kills.py 50`.
+One process imports everything and forks the program from itself for every life, so that a life
+costs a second. Fifty kills: `python tests/training/test_kills.py 50`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -21,12 +22,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import opensora.train  # noqa: F401  # once, for all forks
 from opensora.distributed.run_folders import checkpoints
-from opensora.train import train
+from opensora.progress import Progress
 from opensora.train_config import TrainConfig
 from opensora.training.metrics import read_metrics
 from opensora.training.models import build_models
 
+PROGRAM = Path(__file__).resolve().parents[2] / "scripts/train.py"
 STEPS = 24
 SETTINGS: dict[str, Any] = {
     "dataset": {"type": "ShapesDataset", "clips": [(17, 64, 64, 8), (1, 64, 64, 16)]},
@@ -66,7 +69,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def life(outputs: Path, seconds: float | None) -> bool:
+def life(config: Path, outputs: Path, seconds: float | None) -> bool:
     """Train in a fork, from the latest checkpoint if there is one; True if it ended by itself."""
     resume = any(checkpoints(run) for run in outputs.glob("*-STDiT3"))
     child = os.fork()
@@ -75,9 +78,12 @@ def life(outputs: Path, seconds: float | None) -> bool:
         try:
             with Path(os.devnull).open("w") as nowhere:
                 os.dup2(nowhere.fileno(), 1)
-            load = "latest" if resume else None
-            train(TrainConfig(**SETTINGS, outputs=str(outputs), load=load))
+            load = ("--load", "latest") if resume else ()
+            sys.argv = [str(PROGRAM), str(config), "--outputs", str(outputs), *load]
+            runpy.run_path(str(PROGRAM), run_name="__main__")
             status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
         except BaseException:  # a fork must not go on into its parent's code
             sys.excepthook(*sys.exc_info())
         finally:
@@ -112,21 +118,25 @@ def kill_loop(folder: Path, kills: int) -> dict[str, int]:
     torch.set_num_threads(1)
     # What is imported late is imported here; no gradient is computed before the last fork.
     build_models(TrainConfig(**SETTINGS), torch.device("cpu"))
+    config = folder / "config.py"
+    config.write_text("".join(f"{key} = {value!r}\n" for key, value in SETTINGS.items()))
     started = time.monotonic()
-    assert life(folder / "whole", None)
+    assert life(config, folder / "whole", None)
     seconds = time.monotonic() - started
     losses, tensors = outcome(folder / "whole")
     assert len(losses) == STEPS
     rng = random.Random(kills)
     found = {"kills": 0, "ends": 0, "in_a_write": 0, "resumed": 0}
+    report = Progress().stage("killing", "kill")
     while found["kills"] < kills or not found["ends"]:
         outputs = folder / f"killed-{found['ends']}"
         while True:
             found["resumed"] += any(checkpoints(run) for run in outputs.glob("*-STDiT3"))
             enough = found["kills"] >= kills
-            if life(outputs, None if enough else rng.uniform(0.1, 0.5) * seconds):
+            if life(config, outputs, None if enough else rng.uniform(0.1, 0.5) * seconds):
                 break
             found["kills"] += 1
+            report(found["kills"], kills)
             found["in_a_write"] += bool(list(outputs.glob("*/.*.partial")))
         found["ends"] += 1
         mine, weights = outcome(outputs)
