@@ -109,7 +109,7 @@ class TrainConfig:
         600.0, "seconds before a collective that nobody answers fails", group=EXECUTION, minimum=1
     )
 
-    seed: int = setting(42, "of data, timesteps and noise", group=OUTPUT, minimum=0)
+    seed: int = setting(42, "of data, timesteps and noise", group=OUTPUT, minimum=0, maximum=2**62)
     outputs: str = setting("outputs", "folder of all runs", group=OUTPUT)
     load: str | None = setting(
         None, "checkpoint to go on from: a folder, or latest", group=OUTPUT, metavar="PATH|latest"

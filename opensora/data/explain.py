@@ -152,10 +152,11 @@ def require_steps(dataset: Dataset, plan: Plan) -> int:
     report = explain(dataset, plan)
     total, kept = len(report.rows), sum(bucket.rows for bucket in report.buckets)
     raise UsageError(
-        f"training would do 0 steps: of {total} rows {report.unreadable} are unreadable, "
+        f"there would be 0 steps: of {total} rows {report.unreadable} are unreadable, "
         f"{report.dropped} fit no bucket and {kept} do, in {len(report.buckets)} buckets with "
         f"{sum(bucket.batches for bucket in report.buckets)} full batches for {plan.replicas} "
-        f"replicas; {report.advice()}. `opensora data explain` shows every row"
+        f"{'replica' if plan.replicas == 1 else 'replicas'}; {report.advice()}. `opensora data "
+        "explain` shows every row"
     )
 
 

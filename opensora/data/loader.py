@@ -102,7 +102,7 @@ class Loader:
                 if barren and barren >= max(1, self.steps_per_epoch(batch.epoch)):
                     name, reason = next(iter(batch.failed.items()))
                     raise UsageError(
-                        f"no row of {barren} batches, a whole epoch, could be read; the last one: "
+                        f"no row of a whole epoch, {barren} batches, could be read; the last: "
                         f"{name}: {reason}"
                     )
                 yield batch

@@ -26,7 +26,7 @@ from opensora.pipeline_folder import pipeline_folder
 from opensora.schedulers.rflow import RFlow
 from opensora.train_config import TrainConfig
 from opensora.training import dry_run
-from opensora.training.data import dataset_of, sampler_of, validation_settings
+from opensora.training.data import dataset_of, sampler_of, validation_dataset
 from opensora.training.dry_run import StepTimer, fitted_buckets, try_buckets
 from opensora.training.ema import EMA
 from opensora.training.flops import peak_flops, training_flops
@@ -53,7 +53,7 @@ class Run:
         self.sampler = sampler_of(config, self.dataset, world.dp_size * config.accumulation_steps)
         self.total = count_steps(config, self.sampler)
         check_sections(config)
-        validation_settings(config)
+        self.validation = validation_dataset(config)
         weights_of(config)
         if not config.dry_run and (config.load is None or config.start_from_scratch):
             _on_main(world, lambda: check_folder(Path(config.outputs), 0), "the folder of runs")
@@ -75,7 +75,9 @@ class Run:
                 if world.is_main:
                     print(f"changed since the run was last started: {line}", flush=True)
         trainer.metrics = self._metrics(trainer.progress.global_step)
-        trainer.hooks = hooks_of(config, models, trainer, self.scheduler, self._encode)
+        trainer.hooks = hooks_of(
+            config, models, trainer, self.scheduler, self._encode, self.validation
+        )
         modules = self.learner.modules
         count = sum(p.numel() for m in modules.values() for p in m.parameters() if p.requires_grad)
         if world.is_main and not config.quiet:

@@ -69,7 +69,7 @@ def sampler_of(config: TrainConfig, dataset: Dataset, replicas: int) -> Sampler:
     sampler = own(**settings)
     if not sampler.length(0):
         raise UsageError(
-            f"training would do 0 steps: the features fill fewer than {replicas} batches, one for "
+            f"there would be 0 steps: the features fill fewer than {replicas} batches, one for "
             "each process and accumulation step; lower batch sizes, or cache more clips"
         )
     return sampler
@@ -95,6 +95,26 @@ def validation_settings(config: TrainConfig) -> dict[str, Any] | None:
                 f"validation.{key} must be a whole number of at least 1, got {settings[key]!r}"
             )
     return settings
+
+
+def validation_dataset(config: TrainConfig) -> Dataset | None:
+    """Return what a run is validated on; None where it is not.
+
+    Raises:
+        UsageError: an unknown key, or a table that gives nothing.
+    """
+    settings = validation_settings(config)
+    if settings is None:
+        return None
+    changes = dict(settings["dataset"] or {})
+    if settings["data_path"] is not None:
+        changes["data_path"] = settings["data_path"]
+    try:
+        dataset = dataset_of(config, **changes)
+        sampler_of(config, dataset, 1)
+    except UsageError as error:
+        raise UsageError(f"validation: {error}") from error
+    return dataset
 
 
 def build_validation(

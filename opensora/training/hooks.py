@@ -12,7 +12,7 @@ from opensora.errors import UsageError
 from opensora.pipeline import OpenSoraPipeline
 from opensora.schedulers.rflow import RFlow
 from opensora.train_config import TrainConfig
-from opensora.training.data import build_validation, dataset_of, validation_settings
+from opensora.training.data import build_validation, validation_settings
 from opensora.training.models import Models
 from opensora.training.plot import write_loss_plot
 from opensora.training.sample_clips import sample_clips
@@ -25,6 +25,7 @@ def hooks_of(
     trainer: Trainer,
     scheduler: RFlow,
     encode: Callable[[Dataset, Models, str], None],
+    dataset: Dataset | None,
 ) -> list[tuple[int, Hook]]:
     """Return (every how many steps, function) of a run's `validation` section.
 
@@ -34,18 +35,14 @@ def hooks_of(
         trainer: of the run; its metrics are set.
         scheduler: of the run.
         encode: lets a dataset encode its clips into a folder of that name.
+        dataset: of `validation_dataset`.
 
     Raises:
-        UsageError: an unknown key, a table that gives nothing, or prompts without the models that
-            draw them.
+        UsageError: prompts without the models that draw them.
     """
     settings = validation_settings(config)
-    if settings is None:
+    if settings is None or dataset is None:
         return []
-    changes = dict(settings["dataset"] or {})
-    if settings["data_path"] is not None:
-        changes["data_path"] = settings["data_path"]
-    dataset = dataset_of(config, **changes)
     encode(dataset, models, "validation-latents")
     world = trainer.learner.world
     folder = trainer.checkpointer.folder

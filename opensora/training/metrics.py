@@ -234,7 +234,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         UsageError: another line is not JSON.
     """
     objects = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, text in enumerate(lines, 1):
         try:
             objects.append(json.loads(text))

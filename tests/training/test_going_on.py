@@ -279,6 +279,11 @@ def test_offloaded_weights_train_with_a_text_encoder_as_others_do(
     [
         ({"dtype": "fp16"}, "bf16"),
         ({"validation": {"every": 0}}, r"validation\.every"),
+        (
+            {"validation": {"dataset": {"clips": [(9, 64, 64, 8)]}}},
+            "validation: there would be 0 steps",
+        ),
+        ({"validation": {"data_path": "none.csv"}}, "validation: .*no setting 'data_path'"),
         ({"load": "latest", "start_from_scratch": True}, "holds no run"),
         ({"recompute": "evry-2"}, "every"),
     ],
