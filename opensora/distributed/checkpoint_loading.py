@@ -83,17 +83,20 @@ def newest_good(run: Path) -> Path | None:
         WeightsError: there are some, and all are damaged.
     """
     found = folders.checkpoints(run)
+    why = ""
     for saved in reversed(found):
         try:
             check_sums(saved.folder, read_index(saved.folder))
             read_json(saved.folder / folders.STATES)
         except WeightsError as error:
             log.error("CHECKPOINT NOT USABLE, taking the one before it: %s", error)
+            why = why or str(error)
             continue
         return saved.folder
     if found:
         raise WeightsError(
-            f"all {len(found)} checkpoints of {run} are damaged (see above); start without --load"
+            f"all {len(found)} checkpoints of {run} are damaged, the newest: {why}; start without "
+            "--load"
         )
     return None
 
