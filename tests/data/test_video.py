@@ -273,7 +273,7 @@ def test_memory_stays_flat_over_fetches(videos: MakeVideo, tmp_path: Path) -> No
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc")
 def test_files_that_are_not_read_to_their_end_lose_nothing(videos: MakeVideo) -> None:
     """What av's generators hold is freed only if they are closed: 150 bytes a file."""
-    path = videos("long.mp4", 40)
+    path = videos("left_early.mp4", 40)
 
     def leave() -> None:
         frames = read_frames(path, range(17))
