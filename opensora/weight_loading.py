@@ -90,9 +90,10 @@ def load_weights(
         what = "" if family == UNKNOWN else f" (these are of {family})"
         mismatch = describe_mismatch(wanted, given)
         if strict or not fitting:
+            advice = "; in Python, load_weights(..., strict=False) takes what fits"
             raise WeightsError(
                 f"{weights.source}: the weights do not fit this {type(model).__name__}{what}: "
-                f"{mismatch}" + ("" if not fitting else "; to take what fits, load without strict")
+                f"{mismatch}{advice if fitting else ''}"
             )
         log.warning("%s%s: %d taken; %s", weights.source, what, len(fitting), mismatch)
     for name in fitting:

@@ -113,7 +113,9 @@ def test_the_gate_fails_what_is_slow() -> None:
     assert [reason.partition(" ")[0] for reason in low] == ["eager", "share"]
     fine = cpu.check(case_of(lambda x: x * 2), torch.float32, {"eager": 0.5})
     assert fine[1] == []
-    assert cpu.fallen({"share": 0.61, "eager": 0.61}, {"share": 3.0, "eager": 1.0}) == []
+    assert cpu.fallen({"share": 0.61, "eager": 1.1}, {"share": 3.0, "eager": 9.0}) == []
+    assert cpu.fallen({"share": 0.61, "eager": 0.9}, {"share": 3.0, "eager": 9.0}) != []
+    assert cpu.fallen({"eager": 5.0}, {"eager": 9.0}) == ["eager 5.00, recorded 9.00"]
     assert cpu.fallen({"share": 0.59}, {"share": 3.0}) == ["share 0.59, recorded 3.00"]
 
 
