@@ -74,7 +74,8 @@ class Metrics:
 
     def start(self) -> None:
         """Start the clocks: before the first step, after what is done once."""
-        self._started = self._reported = self._stepped = time.monotonic()
+        self._started = self._reported = self._stepped = self._shown = time.monotonic()
+        self._done, self._pace = self.first, 0.0  # steps at the last line; seconds a step, lately
         self._clear()
 
     def _clear(self) -> None:
@@ -192,8 +193,11 @@ class Metrics:
         done = line["step"]
         left = "?"
         if self.total is not None:
-            rate = (now - self._started) / max(1, done - self.first)
-            left = clock(rate * (self.total - done))
+            pace = (now - self._shown) / max(1, done - self._done)
+            # Not the mean since the start: a run that stood still for an hour is not slow.
+            self._pace = 0.8 * self._pace + 0.2 * pace if self._done > self.first else pace
+            self._shown, self._done = now, done
+            left = clock(self._pace * (self.total - done))
         loss = "n/a" if line["loss"] is None else f"{line['loss']:.4f}"
         norm = "not finite" if line["grad_norm"] is None else f"{line['grad_norm']:.3g}"
         mfu = "n/a" if line["mfu"] is None else f"{line['mfu']:.1%}"

@@ -74,6 +74,19 @@ def test_a_report_averages_its_steps(tmp_path, capsys):
     assert tracker.closed
 
 
+def test_the_time_left_follows_the_present_pace(tmp_path, capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    metrics = Metrics(tmp_path, 1040, log_every=1)
+    for step in range(40):
+        now[0] += 3600.0 if step == 1 else 1.0
+        take(metrics, step, step + 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert "left 0:17:19" in lines[0]
+    assert re.search(r"left 0:(1[6-9]|2[0-9]):", lines[-1])  # 1000 steps of a second
+    metrics.close()
+
+
 def test_pauses_are_no_step_time(tmp_path):
     metrics = Metrics(tmp_path, None, log_every=1)
     with metrics.paused():
