@@ -22,7 +22,7 @@ from opensora.devices import DTYPES
 from opensora.distributed.run_folders import checkpoints, find_run
 from opensora.errors import UsageError
 from opensora.models.stdit import STDiT3, build_stdit
-from opensora.models.text_encoder import T5TextEncoder
+from opensora.models.text_encoder import T5TextEncoder, grow
 from opensora.models.vae import VideoAutoencoder
 from opensora.models.vae.loading import build_vae
 from opensora.pipeline_folder import pipeline_folder
@@ -217,6 +217,7 @@ def _load_text(
         return None, False
     given = dict(config.text_encoder)
     train = bool(given.pop("train", False))
+    grown = given.pop("grow", None)
     if given.get("type") == "byt5":
         built = {key: value for key, value in given.items() if key != "type"}
         try:
@@ -235,7 +236,13 @@ def _load_text(
         dtype=torch.float32 if train else dtype,
         device=device,
     )
-    return (encoder.train() if train else encoder.requires_grad_(False).eval()), train
+    if grown is not None:
+        if not train or not isinstance(grown, dict) or set(grown) != {"num_layers", "num_heads"}:
+            raise UsageError(
+                "text_encoder.grow: give dict(num_layers=..., num_heads=...), and train=True"
+            )
+        encoder = grow(encoder, **grown)
+    return encoder.train(train).requires_grad_(train), train
 
 
 def _check_widths(
