@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from opensora.errors import UsageError, WeightsError
-from opensora.models.text_encoder import T5TextEncoder
+from opensora.models.text_encoder import T5TextEncoder, grow
 from opensora.models.text_encoder.lazy_transformers import load_transformers
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +101,31 @@ def test_a_fresh_byte_encoder_tells_neighbours_from_distant_bytes() -> None:
     states = encoder.encode([text, text[:18] + "b" + text[19:], text[:36] + "b" + text[37:]])[0]
     near, far = ((states[i, 0, 19] - states[0, 0, 19]).norm() for i in (1, 2))
     assert near > 3 * far
+
+
+def test_a_grown_encoder_gives_the_same_states_and_looks_far_in_training() -> None:
+    encoder = tiny(max_length=60)
+    grown = grow(encoder, num_layers=3, num_heads=4)
+    (states, mask), (others, _) = encoder.encode(PROMPTS), grown.encode(PROMPTS)
+    assert mask.sum() > 40
+    assert torch.equal(states, others)
+    assert grown.model.config.num_layers == 3
+    assert encoder.model.config.num_layers == 2
+    table = grown.model.get_parameter(
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    )
+    # Buckets 1 and 12: the token before, and those 32 to 45 before; 16 more: after.
+    left, right = table[:, 2].tolist(), table[:, 3].tolist()
+    assert left[1] > left[12] > left[17] == left[28] == right[1] == right[12]
+    assert right[17] > right[28] > right[1]
+    ids, tokens = grown.tokenize(PROMPTS)
+    grown.train()(ids, tokens).square().mean().backward()
+    for name, weight in grown.model.named_parameters():
+        if name.endswith(("o.weight", "wo.weight")):  # all else of what is new waits for these
+            assert weight.grad is not None
+            assert weight.grad[:, -1].abs().max() > 0, name
+    with pytest.raises(UsageError, match="2 layers and 2 heads"):
+        grow(encoder, num_layers=2, num_heads=1)
 
 
 def test_forward_trains_and_encode_does_not() -> None:

@@ -294,6 +294,39 @@ def test_only_temporal_blocks_train(tmp_path: Path) -> None:
     assert all(name.startswith("temporal_blocks.") for name in changed)
 
 
+@pytest.mark.parametrize("grown", [{}, {"grow": {"num_layers": 3, "num_heads": 5}}])
+def test_a_named_text_encoder_trains_if_it_is_to(tmp_path: Path, grown: dict[str, Any]) -> None:
+    text = {"type": "t5", "from_pretrained": "tiny", "train": True, **grown}
+    model = {"type": "STDiT3", "from_pretrained": "tiny"}
+    folder = run(tmp_path, model=model, text_encoder=text, max_steps=2, lr=1e-4)
+    old = OpenSoraPipeline.from_pretrained("tiny", device="cpu").text_encoder.model.state_dict()
+    new = {k: v for k, v in newest(folder).items() if k.startswith("model.text_encoder.")}
+    new = {name[len("model.text_encoder.") :]: value for name, value in new.items()}
+    assert old.keys() - new.keys() <= {"encoder.embed_tokens.weight"}
+    for name in old.keys() & new.keys():
+        known = new[name][tuple(slice(0, size) for size in old[name].shape)]
+        assert not torch.equal(known, old[name].float()), name
+        torch.testing.assert_close(known, old[name].float(), atol=1e-3, rtol=1e-3)
+    assert bool(new.keys() - old.keys()) == bool(grown)
+    again = run(tmp_path, model=model, text_encoder=text, max_steps=3, lr=1e-4, load="latest")
+    assert again == folder
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"grow": {"num_layers": 1, "num_heads": 8}, "train": True}, "only become more"),
+        ({"grow": {"num_layers": 3, "num_heads": 8}}, "train=True"),
+        ({"grow": 3, "train": True}, "give dict"),
+    ],
+)
+def test_growth_that_cannot_be_is_refused(
+    tmp_path: Path, section: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        run(tmp_path, text_encoder={"type": "t5", "from_pretrained": "tiny", **section})
+
+
 def test_the_end_of_the_data_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     section = {"every": 4, "samples": 1, "timesteps": 1}
     folder = run(tmp_path, epochs=1, max_steps=99, validation=section)
