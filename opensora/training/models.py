@@ -35,6 +35,9 @@ from opensora.weight_loading import load_weights
 #: Keys of the model's dict that say what to train, not what the model is.
 FREEZING = ("only_train_temporal", "freeze_y_embedder")
 
+#: Captions that a trained text encoder takes at a time.
+TOGETHER = 16
+
 
 @dataclass
 class Models:
@@ -123,16 +126,22 @@ class Models:
 
 
 def encode_captions(encoder: T5TextEncoder, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Encode captions with gradients, running the encoder on as many tokens as the longest needs.
+    """Encode captions with gradients, those of like length together, cut after the longest's end.
+
+    Attention grows with the square of the length, so padding a batch to its longest costs most.
 
     Returns:
-        Text states [B, 1, L, D], L the encoder's max_length, zero past the longest caption, and
-        the mask int64 [B, L].
+        Text states [B, 1, L, D], L the encoder's max_length, zero past the end of the longest
+        caption of like length, and the mask int64 [B, L].
     """
     ids, mask = encoder.tokenize(captions)
-    length = min(ids.shape[1], math.ceil(int(mask.sum(1).max()) / 8) * 8)
-    states = encoder(ids[:, :length], mask[:, :length])
-    return nn.functional.pad(states, (0, 0, 0, ids.shape[1] - length)), mask
+    order = mask.sum(1).argsort(stable=True)
+    parts = []
+    for rows in order.split(TOGETHER):
+        length = min(ids.shape[1], math.ceil(int(mask[rows].sum(1).max()) / 8) * 8)
+        states = encoder(ids[rows, :length], mask[rows, :length])
+        parts.append(nn.functional.pad(states, (0, 0, 0, ids.shape[1] - length)))
+    return torch.cat(parts)[order.argsort()], mask
 
 
 def build_models(config: TrainConfig, device: torch.device) -> Models:
