@@ -136,12 +136,14 @@ def _put(model: nn.Module, source: str, tensors: dict[str, Tensor]) -> None:
 
 
 def _export_pipeline(weights: Weights, out: Path, pipeline: str) -> None:
+    from opensora.models.text_encoder import grow_to_fit
     from opensora.pipeline import OpenSoraPipeline
 
     pipe = OpenSoraPipeline.from_pretrained(pipeline, device="cpu")
     for part, tensors in weights.parts.items():
         name = part or "transformer"
         if name == "text_encoder":
+            pipe.text_encoder = grow_to_fit(pipe.text_encoder, tensors)
             _put(pipe.text_encoder.model, weights.source, tensors)
         elif name in PARTS:
             setattr(pipe, name, _build(weights, part, tensors))

@@ -20,6 +20,7 @@ from opensora.data.batch import Sample, SampleError, Size
 from opensora.data.shapes_dataset import ShapesDataset
 from opensora.distributed.run_folders import checkpoints
 from opensora.errors import NonFiniteError, UsageError
+from opensora.export import export as export_weights
 from opensora.models.stdit import STDiT3
 from opensora.pipeline import OpenSoraPipeline
 from opensora.train import train
@@ -308,6 +309,10 @@ def test_a_named_text_encoder_trains_if_it_is_to(tmp_path: Path, grown: dict[str
         assert not torch.equal(known, old[name].float()), name
         torch.testing.assert_close(known, old[name].float(), atol=1e-3, rtol=1e-3)
     assert bool(new.keys() - old.keys()) == bool(grown)
+    export_weights(folder, tmp_path / "whole", pipeline="tiny", ema=False)
+    whole = OpenSoraPipeline.from_pretrained(tmp_path / "whole", device="cpu").text_encoder.model
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, new.get(name, new["shared.weight"])), name
     again = run(tmp_path, model=model, text_encoder=text, max_steps=3, lr=1e-4, load="latest")
     assert again == folder
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opensora.models.text_encoder.growth import grow
+from opensora.models.text_encoder.growth import grow, grow_to_fit
 from opensora.models.text_encoder.t5 import T5TextEncoder
 
-__all__ = ["T5TextEncoder", "grow"]
+__all__ = ["T5TextEncoder", "grow", "grow_to_fit"]

@@ -10,6 +10,7 @@ to which of two shapes, however many layers it has.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,6 +61,23 @@ def grow(encoder: T5TextEncoder, num_layers: int, num_heads: int) -> T5TextEncod
                 weight[tuple(slice(0, size) for size in known.shape)] = known
     model.to(device=encoder.device, dtype=encoder.dtype).train(encoder.model.training)
     return T5TextEncoder(model, encoder.tokenizer, encoder.max_length)
+
+
+def grow_to_fit(encoder: T5TextEncoder, weights: Mapping[str, Tensor]) -> T5TextEncoder:
+    """Return an encoder as large as weights of its model are, or the encoder itself if that fails.
+
+    Args:
+        encoder: of the same width.
+        weights: name -> tensor, of a model that may have been grown.
+    """
+    blocks = {int(name.split(".")[2]) for name in weights if name.startswith("encoder.block.")}
+    heads = next((w.shape[1] for name, w in weights.items() if name.endswith(_BIAS)), 0)
+    config: Any = encoder.model.config
+    if len(blocks) < config.num_layers or heads < config.num_heads:
+        return encoder
+    if (len(blocks), heads) == (config.num_layers, config.num_heads):
+        return encoder
+    return grow(encoder, len(blocks), heads)
 
 
 def _look_far(table: Tensor, first: int) -> None:
