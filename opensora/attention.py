@@ -60,7 +60,9 @@ class RotaryEmbedding(nn.Module):
     def table(self, length: int) -> tuple[Tensor, Tensor]:
         """Return cos and sin [length, D] of the angles; neighbours 2i and 2i + 1 share one."""
         positions = torch.arange(length, device=self.freqs.device, dtype=self.freqs.dtype)
-        angles = (positions[:, None] * self.freqs).repeat_interleave(2, dim=-1)
+        # Whoever unfreezes a whole model does not mean these.
+        freqs = self.freqs.detach()
+        angles = (positions[:, None] * freqs).repeat_interleave(2, dim=-1)
         return angles.cos(), angles.sin()
 
 

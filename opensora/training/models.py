@@ -35,7 +35,7 @@ from opensora.weight_loading import load_weights
 #: Keys of the model's dict that say what to train, not what the model is.
 FREEZING = ("only_train_temporal", "freeze_y_embedder")
 
-#: Captions that a trained text encoder takes at a time.
+#: Captions that a text encoder takes at a time.
 TOGETHER = 16
 
 
@@ -97,9 +97,8 @@ class Models:
             )
         prepare = clean_prompt if self.clean else plain_caption
         captions = [prepare(caption) for caption in batch.text or []]
-        if self.train_text:
+        with torch.set_grad_enabled(self.train_text and torch.is_grad_enabled()):
             return encode_captions(self.text_encoder, captions)
-        return self.text_encoder.encode(captions)
 
     def _stored(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return states that a cache holds as the transformer takes them."""
@@ -126,7 +125,7 @@ class Models:
 
 
 def encode_captions(encoder: T5TextEncoder, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Encode captions with gradients, those of like length together, cut after the longest's end.
+    """Encode captions, those of like length together, cut after the longest's end.
 
     Attention grows with the square of the length, so padding a batch to its longest costs most.
 

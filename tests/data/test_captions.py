@@ -20,7 +20,7 @@ from opensora.generation import text_of
 from opensora.models.text_encoder import T5TextEncoder
 from opensora.pipeline import OpenSoraPipeline
 from opensora.prompts import prepare_prompt
-from opensora.training.models import Models
+from opensora.training.models import Models, encode_captions
 from tests.data.test_features import SIZE, settings, write_table
 
 #: Cells as they stand in a csv file; they are quoted when they are written.
@@ -142,3 +142,18 @@ def test_states_of_other_cleaning_are_refused(tmp_path: Path, pipeline_folder: P
     stored.check(clean_captions=False)
     with pytest.raises(UsageError, match="set clean_captions=False"):
         stored.check(clean_captions=True)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_training_gets_the_states_of_inference(train: bool) -> None:
+    encoder = T5TextEncoder.from_pretrained("opensora/assets/tiny")
+    encoder.model.requires_grad_(train)
+    rng = random.Random(0)
+    captions = ["x" * rng.randint(0, 119) for _ in range(40)]
+    states, mask = encode_captions(encoder, captions)
+    expected, same = encoder.encode(captions)
+    assert states.shape == expected.shape
+    assert torch.equal(mask, same)
+    assert states.requires_grad == train
+    words = mask[:, None, :, None].bool()
+    torch.testing.assert_close(states * words, expected * words, atol=2e-5, rtol=1e-5)

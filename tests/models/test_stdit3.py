@@ -202,6 +202,13 @@ def test_text_mask_of_one_batch_serves_both_halves_of_guidance() -> None:
         )
 
 
+def test_a_model_that_is_unfrozen_whole_still_trains() -> None:
+    model = STDiT3(TINY).train().requires_grad_(True)
+    model(**inputs()).square().mean().backward()
+    assert model.rope.freqs.grad is None
+    assert model.x_embedder.proj.weight.grad is not None
+
+
 def test_training_drops_captions() -> None:
     config = STDiT3Config.from_dict(TINY.to_dict() | {"class_dropout_prob": 1.0})
     model, given = noisy_model(config), inputs()
