@@ -1,5 +1,5 @@
-# Before stdit.py: which colour belongs to which shape, from pictures of two shapes alone, 16 patches
-# each, at the timesteps where the caption decides it. Among clips of one shape it is not learned.
+# Before stdit.py: which colour belongs to which shape, from pictures of two shapes alone, 16
+# patches each, at the timesteps where the caption decides it. Among clips of one it is not learned.
 _base_ = ["stdit.py"]
 
 dataset = dict(clips=[(1, 64, 64, 12288)], pair_share=1.0)
